@@ -1,0 +1,63 @@
+"""Errors that a user can cause: what the rule is, what was found, where, and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault of what the user wrote or gave."""
+
+    place: str
+    """Where it is: a key of the spec (`data.path`), a file, an option."""
+    rule: str
+    """What must hold."""
+    found: str
+    """What was there instead."""
+    expected: str
+    """What would be right, in a form that can be copied where there is one."""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.rule}; found {self.found}; expected {self.expected}"
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+class UserError(Exception):
+    """Something the user can put right. Holds every fault that was found, never only the first."""
+
+    def __init__(self, problems: Problem | Sequence[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        assert self.problems, "a UserError needs at least one problem"
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(UserError):
+    """The data set cannot be trained on."""
+
+
+class ModelError(UserError):
+    """The model or its tokenizer cannot be opened."""
+
+
+class TrainableError(UserError):
+    """A trainable of the user's own broke its contract: it cannot be imported, or yielded something wrong."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint is incomplete or its bytes are not the ones that were written."""
+
+
+class TrialError(Exception):
+    """A trial cannot go on: a rank raised, died or went silent. The message ends with the rank's last log lines."""
+
+
+class WorkerLostError(TrialError):
+    """A rank's process is gone."""
+
+
+class StepDeadlineError(TrialError):
+    """A rank gave no report before the step deadline."""
