@@ -1,0 +1,182 @@
+"""Checkpoints on a local file system: a folder that is whole or absent, with a manifest of what belongs to it.
+
+The only file that knows where a checkpoint lies. Nothing in a checkpoint is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainables.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed checkpoint consists of."""
+
+    trial: int
+    epoch: int
+    metrics: dict[str, float | None]
+    """The report of this epoch; None where the number was not finite."""
+    files: dict[str, tuple[int, str]]
+    """Path inside the folder -> (bytes, sha256)."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in self.files.items()}
+        return {
+            "format": FORMAT,
+            "trial": self.trial,
+            "epoch": self.epoch,
+            "metrics": self.metrics,
+            "files": files,
+        }
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """The manifest of a committed checkpoint. CheckpointError when it is missing or not one of ours."""
+        try:
+            raw = json.loads((folder / MANIFEST).read_text())
+            if raw["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{folder}: format {raw['format']} is not {FORMAT}, the one that this version reads"
+                )
+            files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
+            return Manifest(int(raw["trial"]), int(raw["epoch"]), dict(raw["metrics"]), files)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder}: no readable {MANIFEST}: {error}") from error
+
+
+class CheckpointStore:
+    """The checkpoints of one study, `ROOT/trial-00003/epoch-0002/`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, trial: int, epoch: int) -> Path:
+        return self.root / f"trial-{trial:05d}" / f"epoch-{epoch:04d}"
+
+    def stage(self, trial: int, epoch: int) -> Path:
+        """An empty folder to write the checkpoint into. What a killed writer left there is removed."""
+        staging = self._staging(trial, epoch)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        return staging
+
+    def commit(self, trial: int, epoch: int, metrics: Mapping[str, float]) -> Manifest:
+        """Makes the staged folder the checkpoint of this epoch. After a crash at any line it is whole or absent.
+
+        An existing checkpoint of the same epoch (a repeated epoch after a restart) is replaced.
+        """
+        staging, final = self._staging(trial, epoch), self.folder(trial, epoch)
+        manifest = Manifest(trial, epoch, finite_or_none(metrics), sizes_and_hashes(staging))
+        write_json(staging / MANIFEST, manifest.to_json())
+        fsync_tree(staging)
+        if final.exists():
+            self.delete(trial, epoch)
+        staging.replace(final)
+        fsync(final.parent)
+        return manifest
+
+    def latest(self, trial: int) -> Manifest | None:
+        """The newest checkpoint of a trial whose bytes are all there."""
+        for epoch in sorted(self.epochs(trial), reverse=True):
+            folder = self.folder(trial, epoch)
+            if verify(folder):
+                return Manifest.read(folder)
+        return None
+
+    def epochs(self, trial: int) -> list[int]:
+        """Epochs of a trial that have a committed checkpoint."""
+        folders = self.folder(trial, 0).parent.glob("epoch-*")
+        return sorted(int(folder.name.removeprefix("epoch-")) for folder in folders)
+
+    def trials(self) -> list[int]:
+        return sorted(int(folder.name.removeprefix("trial-")) for folder in self.root.glob("trial-*"))
+
+    def delete(self, trial: int, epoch: int) -> None:
+        """Removes a checkpoint; out of sight first, so that a kill in between leaves no half of it."""
+        folder = self.folder(trial, epoch)
+        doomed = folder.with_name(f".deleted-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            folder.rename(doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Removes what killed writers and deleters left. Only for the one driver, while no trial runs."""
+        for pattern in (".staging-*", ".deleted-*"):
+            for leftover in self.root.glob(f"trial-*/{pattern}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _staging(self, trial: int, epoch: int) -> Path:
+        return self.folder(trial, epoch).with_name(f".staging-epoch-{epoch:04d}")
+
+
+def verify(folder: Path, deep: bool = True) -> bool:
+    """Whether every file of the manifest is there with its size and, when `deep`, its sha256."""
+    try:
+        manifest = Manifest.read(folder)
+        sizes = all((folder / name).stat().st_size == size for name, (size, _) in manifest.files.items())
+        return sizes and (
+            not deep or all(sha256(folder / name) == digest for name, (_, digest) in manifest.files.items())
+        )
+    except (CheckpointError, OSError):
+        return False
+
+
+def sizes_and_hashes(folder: Path) -> dict[str, tuple[int, str]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in _files(folder)
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def fsync_tree(folder: Path) -> None:
+    for path in (*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        fsync(path)
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())

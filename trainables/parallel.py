@@ -1,0 +1,120 @@
+"""The process group of one trial, through ColossalAI. The only file that names it.
+
+`colossalai.launch` is not used: it takes no timeout (gloo's is then 30 minutes) and its store listens on every
+interface. What else it does is done here: the process group, the device, LOCAL_RANK. Facts that shaped this file:
+Booster's own "bf16" precision cannot be instantiated in ColossalAI 0.5.0, so autocast goes round the forward pass, and
+HybridAdam needs a CUDA build, so the optimizer is torch's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+if os.environ.get("TUNE_SERVICE_DEVICE") == "cpu":
+    # ColossalAI takes CUDA whenever it sees it, and its import opens a context there.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from colossalai.booster import Booster
+    from colossalai.booster.plugin import TorchDDPPlugin
+    from colossalai.logging import disable_existing_loggers
+
+disable_existing_loggers()
+logging.getLogger("colossalai").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+
+GROUP_TIMEOUT = timedelta(minutes=15)
+"""The last resort for a rank whose peer is stuck. The supervisor's step deadline is shorter and kills both."""
+
+
+def launch(rank: int, world_size: int, device: torch.device) -> None:
+    """Joins the trial's process group, or keeps it when this process is in it already (a warm worker group).
+
+    Reads MASTER_ADDR and MASTER_PORT. One rank needs no port at all.
+    """
+    if dist.is_initialized():
+        assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size), "a worker group keeps its size"
+        return
+    os.environ["LOCAL_RANK"] = "0"  # each rank sees its own GPU only, as device 0
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    if host == "127.0.0.1":
+        # Otherwise gloo and NCCL take the interface that the host name points to: reachable from outside.
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = _store(rank, world_size, host) if world_size > 1 else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+
+
+def _store(rank: int, world_size: int, host: str) -> dist.Store:
+    """A TCP store that listens on `host` alone (torch's own choice is every interface)."""
+    port = int(os.environ["MASTER_PORT"])
+    if rank:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=GROUP_TIMEOUT)
+    listener = socket.create_server((host, port))
+    descriptor = listener.detach()  # the store closes it
+    return dist.TCPStore(
+        host, port, world_size, is_master=True, timeout=GROUP_TIMEOUT, wait_for_workers=False, master_listen_fd=descriptor
+    )
+
+
+def leave() -> None:
+    """Leaves the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Parallel:
+    """One trial's model and optimizer, boosted by TorchDDPPlugin over the process group that `launch` joined."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        # A plugin keeps rank and world size, so each trial has its own. Buffers are constants in these models.
+        plugin = TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._booster = Booster(plugin=plugin)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            boosted = self._booster.boost(model, optimizer)
+        self.model: Callable[..., Any] = boosted[0]
+        self.optimizer: Any = boosted[1]
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model without wrappers, for evaluation and saving."""
+        return cast(torch.nn.Module, cast(Any, self.model).unwrap())
+
+    def gradients(self, sync: bool) -> AbstractContextManager[Any]:
+        """Goes round forward and backward: gradients are averaged over the ranks in it only when `sync`."""
+        return nullcontext() if sync else self._booster.no_sync(self.model, self.optimizer)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._booster.backward(loss, self.optimizer)
+
+    def step(self, max_grad_norm: float | None) -> None:
+        if max_grad_norm is not None:
+            self.optimizer.clip_grad_by_norm(max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over all ranks, on every rank."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
