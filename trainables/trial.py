@@ -1,0 +1,121 @@
+"""The supervisor of one trial after the other: the class that Ray Tune holds. No torch in this process."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from trainables.checkpoint import CheckpointStore, Manifest
+from trainables.errors import TrialError
+from trainables.worker import Task
+from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """What a worker group needs; the same for all trials of a study, or it could not stay warm."""
+
+    name: str
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    step_timeout_s: float | None
+
+
+class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
+    """One `step` is one report. A failure is a result too, not an exception: it is plain data with its reason, and
+    this process, which did not fail, begins again from the last checkpoint when it is asked to go on.
+
+    A result holds `epoch`, `metrics`, `checkpoint` (a manifest or None) and `finished`; or `failure`; and always
+    `next_within_s`, the time after which the next result is overdue.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._group: WorkerGroup | None = None
+        self._shape = GroupShape(**config["group"])
+        self._deadline = StepDeadline(self._shape.step_timeout_s)
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Takes the next trial. Does nothing that can fail: Tune would not restart a trial that failed here."""
+        self._task = Task(**new_config["task"])
+        self._store = CheckpointStore(Path(self._task.checkpoints))
+        self._begun = False
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            result = self._next_result()
+        except (TrialError, OSError) as error:
+            self._begun = False
+            if isinstance(error, TrialError):
+                self._drop_group()
+            result = {"failure": f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)}
+        return result | {"number": self._task.number, "next_within_s": self._next_within_s()}
+
+    def cleanup(self) -> None:
+        self._drop_group()
+
+    def _next_result(self) -> dict[str, Any]:
+        if not self._begun:
+            resumed = self._begin()
+            if resumed is not None:
+                # A killed driver may never have seen this report; it knows its own again by the epoch.
+                return self._result(resumed.epoch, _floats(resumed.metrics), resumed)
+        assert self._group is not None
+        report = self._group.next_report()
+        if report is None:
+            return {"finished": True}
+        manifest = None
+        if report.saves:
+            self._group.save(self._store.stage(self._task.number, report.epoch))
+            manifest = self._store.commit(self._task.number, report.epoch, report.metrics)
+        return self._result(report.epoch, report.metrics, manifest)
+
+    def _begin(self) -> Manifest | None:
+        """Gets the ranks ready, after the trial's last checkpoint if it has one, which is returned."""
+        latest = self._store.latest(self._task.number)
+        if latest is None or latest.epoch < self._task.max_epochs:
+            folder = self._store.folder(latest.trial, latest.epoch) if latest else None
+            self._group = self._group or self._new_group()
+            self._group.begin(replace(self._task, resume_from=str(folder) if folder else None))
+        self._begun = True
+        return latest
+
+    def _result(self, epoch: int, metrics: dict[str, float], manifest: Manifest | None) -> dict[str, Any]:
+        return {
+            "epoch": epoch,
+            "metrics": metrics,
+            "checkpoint": manifest and {"epoch": epoch, "bytes": manifest.num_bytes},
+            "finished": epoch >= self._task.max_epochs,
+        }
+
+    def _next_within_s(self) -> float:
+        # A new group has START_DEADLINE_S for its start and again for its first report; saving comes on top.
+        cold = StepDeadline(None).seconds * 2 if self._group is None else 0.0
+        return cold + 2 * self._deadline.seconds
+
+    def _new_group(self) -> WorkerGroup:
+        shape = self._shape
+        return RayWorkerGroup(
+            shape.name,
+            shape.workers,
+            shape.cpus_per_worker,
+            shape.gpus_per_worker,
+            ray.util.get_current_placement_group(),
+            self._deadline,
+        )
+
+    def _drop_group(self) -> None:
+        if self._group is not None:
+            self._group.shutdown()
+            self._group = None
+
+
+def _floats(metrics: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in metrics.items()}

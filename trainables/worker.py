@@ -1,0 +1,181 @@
+"""One rank of a trial, as a plain object: runs the trainable's generator one report at a time. No Ray, no torch."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainables.errors import Problem, TrainableError, TrialError
+from trainables.report import Context, Report, Trainable
+
+LOG_LINES = 20
+"""Lines of a rank's log that go into the reason of a failure."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One trial, as its ranks are told."""
+
+    number: int
+    trainable: str
+    """`finetune` or `package.module:function`."""
+    params: dict[str, Any]
+    """The sampled values, and what the spec's `training` names."""
+    seed: int
+    max_epochs: int
+    logs: str
+    """Folder of the log files, one a trial and rank."""
+    checkpoints: str
+    """Root of the study's checkpoint store."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    import_path: str | None = None
+    """Folder beside the spec file, where a trainable of the user's own may lie."""
+    resume_from: str | None = None
+
+    def log_file(self, rank: int) -> Path:
+        return Path(self.logs) / f"trial-{self.number:05d}-rank-{rank}.log"
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """A Report without its `save`, which stays in the rank's process."""
+
+    epoch: int
+    metrics: dict[str, float]
+    saves: bool
+
+
+class RankWorker:
+    """Runs one rank of one trial after the other. Every failure comes out as a TrialError that is plain text."""
+
+    def __init__(self, rank: int, world_size: int, uses_gpu: bool) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._device = "cuda" if uses_gpu else "cpu"
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
+        os.environ["TUNE_SERVICE_DEVICE"] = self._device
+        if not uses_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything imports torch
+        self._reports: Iterator[Report] | None = None
+        self._report: Report | None = None
+
+    def free_port(self) -> int:
+        """A port of this host for the rendezvous; rank 0 is asked."""
+        with socket.create_server(("", 0)) as server:
+            return int(server.getsockname()[1])
+
+    def rendezvous(self, host: str, port: int) -> None:
+        """Where rank 0 will listen, in the variables that torch.distributed reads."""
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+
+    def begin(self, task: Task) -> None:
+        """Leaves the trial before and gets ready for this one: log file, import, generator. Trains nothing yet."""
+        self.end()
+        _log_to(task.log_file(self._rank))
+        with _plain_errors(self._rank):
+            trainable = resolve(task.trainable, task.import_path)
+            context = Context(
+                params=task.params,
+                rank=self._rank,
+                world_size=self._world_size,
+                device=self._device,
+                resume_from=Path(task.resume_from) if task.resume_from else None,
+                seed=task.seed,
+                max_epochs=task.max_epochs,
+                settings=task.settings,
+            )
+            self._reports = iter(trainable(context))
+
+    def next_report(self) -> RankReport | None:
+        """Runs up to the next report; None when the trainable has come to its end."""
+        assert self._reports is not None, "begin comes first"
+        with _plain_errors(self._rank):
+            self._report = _checked(next(self._reports, None))
+        if self._report is None:
+            return None
+        metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
+        return RankReport(self._report.epoch, metrics, self._report.save is not None)
+
+    def save(self, folder: str) -> None:
+        """Writes the checkpoint of the last report."""
+        assert self._report is not None and self._report.save is not None, "only a report that can be saved is"
+        with _plain_errors(self._rank):
+            self._report.save(Path(folder))
+
+    def end(self) -> None:
+        """Closes the trial's generator, wherever it stands."""
+        reports, self._reports, self._report = self._reports, None, None
+        if reports is not None and hasattr(reports, "close"):
+            with _plain_errors(self._rank):
+                reports.close()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def resolve(trainable: str, import_path: str | None) -> Trainable:
+    """The generator function that a spec's `trainable` names. Imports it, and so whatever it imports."""
+    if trainable == "finetune":
+        trainable = "trainables.finetune:finetune"
+    if import_path is not None and import_path not in sys.path:
+        sys.path.append(import_path)
+    module_name, _, name = trainable.partition(":")
+    function = getattr(importlib.import_module(module_name), name, None)
+    if not callable(function):
+        found = f"module {module_name} has no function {name!r}"
+        raise TrainableError(Problem("trainable", "names a generator function", found, "package.module:function"))
+    found_function: Trainable = function
+    return found_function
+
+
+def log_tail(path: Path) -> str:
+    """The last lines of a rank's log; empty when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 16_384))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-LOG_LINES:])
+
+
+def _checked(report: object) -> Report | None:
+    if report is None or isinstance(report, Report):
+        return report
+    raise TrainableError(
+        Problem("trainable", "yields trainables.Report", f"a {type(report).__name__}", "Report(epoch, metrics)")
+    )
+
+
+def _log_to(path: Path) -> None:
+    """Sends this process's standard output and error, of C libraries too, to a log file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+class _plain_errors:  # noqa: N801  (reads as a statement)
+    """Turns any exception into a TrialError of text alone: the driver need not have the class to unpickle it."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            text = str(error).strip()
+            raise TrialError(f"rank {self._rank} raised {type(error).__name__}{': ' if text else ''}{text}") from None

@@ -1,0 +1,214 @@
+"""The ranks of one trial as one thing, with a deadline on every wait."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from trainables.errors import StepDeadlineError, TrialError, WorkerLostError
+from trainables.worker import RankReport, RankWorker, Task, log_tail
+
+START_DEADLINE_S = 15 * 60.0
+"""Process start, imports and the first report of a cold group, which may download a model and data."""
+STEP_DEADLINE_MIN_S = 60.0
+STEP_DEADLINE_FACTOR = 5.0
+
+
+@dataclass
+class StepDeadline:
+    """How long the group may take to its next report."""
+
+    fixed_s: float | None
+    """`faults.step_timeout_s` of the spec; None: from the slowest epoch so far."""
+    slowest_s: float | None = None
+    """The slowest epoch that this group has run; None: none yet."""
+
+    @property
+    def seconds(self) -> float:
+        if self.fixed_s is not None:
+            return self.fixed_s
+        if self.slowest_s is None:
+            return START_DEADLINE_S
+        return max(STEP_DEADLINE_MIN_S, STEP_DEADLINE_FACTOR * self.slowest_s)
+
+    def saw(self, epoch_s: float) -> None:
+        self.slowest_s = max(self.slowest_s or 0.0, epoch_s)
+
+
+class WorkerGroup(ABC):
+    """Runs one trial after the other. After a TrialError only `shutdown` may be called."""
+
+    @abstractmethod
+    def begin(self, task: Task) -> None:
+        """Leaves the trial before, gets every rank ready for this one."""
+
+    @abstractmethod
+    def next_report(self) -> RankReport | None:
+        """Rank 0's next report, when every rank has reached it; None at the trainable's end."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Every rank writes its part of the last report's checkpoint into `folder`."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Ends every process of the group at once. Safe to call twice."""
+
+
+class InProcessWorkerGroup(WorkerGroup):
+    """One rank in this process, for tests and debuggers: the same reports, no actor, no deadline."""
+
+    def __init__(self) -> None:
+        self._worker = RankWorker(rank=0, world_size=1, uses_gpu=False)
+
+    def begin(self, task: Task) -> None:
+        self._worker.begin(task)
+
+    def next_report(self) -> RankReport | None:
+        return self._worker.next_report()
+
+    def save(self, folder: Path) -> None:
+        self._worker.save(str(folder))
+
+    def shutdown(self) -> None:
+        self._worker.end()
+
+
+class RayWorkerGroup(WorkerGroup):
+    """One actor a rank, each in its own bundle of the trial's placement group (bundle 0 is the supervisor's)."""
+
+    def __init__(
+        self,
+        name: str,
+        workers: int,
+        cpus_per_worker: float,
+        gpus_per_worker: float,
+        placement_group: PlacementGroup,
+        deadline: StepDeadline,
+    ) -> None:
+        self._deadline = deadline
+        self._task: Task | None = None
+        actor_class = ray.remote(_RankActor)
+        self._ranks: list[Any] = [
+            actor_class.options(
+                name=_free_name(f"{name} rank {rank}"),
+                num_cpus=cpus_per_worker,
+                num_gpus=gpus_per_worker,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank + 1),
+                max_restarts=0,
+            ).remote(rank, workers, gpus_per_worker > 0)
+            for rank in range(workers)
+        ]
+        self._started = False
+
+    def begin(self, task: Task) -> None:
+        self._task = task
+        if not self._started:
+            host, port = self._ask(lambda rank: rank.endpoint.remote(), START_DEADLINE_S, only=[0])[0]
+            self._ask(lambda rank: rank.rendezvous.remote(host, port), START_DEADLINE_S)
+            self._started = True
+        self._ask(lambda rank: rank.begin.remote(task), START_DEADLINE_S)
+
+    def next_report(self) -> RankReport | None:
+        started = time.monotonic()
+        reports = self._ask(lambda rank: rank.next_report.remote(), self._deadline.seconds)
+        epochs = [report and report.epoch for report in reports]
+        if len(set(epochs)) > 1:
+            raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
+        self._deadline.saw(time.monotonic() - started)
+        first: RankReport | None = reports[0]
+        return first
+
+    def save(self, folder: Path) -> None:
+        self._ask(lambda rank: rank.save.remote(str(folder)), self._deadline.seconds)
+
+    def shutdown(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)  # ends a frozen process too
+        self._ranks = []
+
+    def _ask(self, call: Callable[[Any], Any], deadline_s: float, only: Sequence[int] | None = None) -> list[Any]:
+        """The answers of all ranks, asked together: one left behind would wait in its next all-reduce.
+
+        TrialError as soon as one rank fails, whatever the others do.
+        """
+        asked = list(range(len(self._ranks)) if only is None else only)
+        rank_of = {call(self._ranks[rank]): rank for rank in asked}
+        answers: dict[int, Any] = {}
+        end = time.monotonic() + deadline_s
+        pending = list(rank_of)
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                silent = sorted(rank_of[reference] for reference in pending)
+                raise StepDeadlineError(
+                    self._with_log(f"rank {silent[0]} gave no report in {deadline_s:.0f} s; silent: {silent}", silent[0])
+                )
+            rank = rank_of[ready[0]]
+            try:
+                answers[rank] = self._answer(ready[0], rank)
+            except TrialError as error:
+                raise self._cause(error, {reference: rank_of[reference] for reference in pending}) from None
+        return [answers[rank] for rank in asked]
+
+    def _cause(self, error: TrialError, pending: dict[Any, int]) -> TrialError:
+        """`error`, or the death of another rank when that comes to light at once: a broken connection is its echo."""
+        for reference in ray.wait(list(pending), num_returns=len(pending), timeout=1.0)[0] if pending else []:
+            try:
+                self._answer(reference, pending[reference])
+            except WorkerLostError as lost:
+                return lost
+            except TrialError:
+                continue
+        return error
+
+    def _answer(self, reference: Any, rank: int) -> Any:
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            raise TrialError(self._with_log(str(error.cause), rank)) from None
+        except (RayActorError, GetTimeoutError) as error:
+            raise WorkerLostError(self._with_log(f"rank {rank} died: {_one_line(error)}", rank)) from None
+
+    def _with_log(self, message: str, rank: int) -> str:
+        if self._task is None:
+            return message
+        path = self._task.log_file(rank)
+        tail = log_tail(path)
+        return f"{message}\nLast lines of {path.name}:\n{tail}" if tail else message
+
+
+class _RankActor(RankWorker):
+    """A RankWorker in a process of Ray's."""
+
+    def endpoint(self) -> tuple[str, int]:
+        """(address, free port) of this rank's node."""
+        return ray.util.get_node_ip_address(), self.free_port()
+
+
+def _free_name(name: str) -> str:
+    """`name`, or with a number behind it when a living actor has it: names are unique in a Ray namespace."""
+    candidate, count = name, 1
+    while True:
+        try:
+            ray.get_actor(candidate)
+        except ValueError:
+            return candidate
+        count += 1
+        candidate = f"{name} ({count})"
+
+
+def _one_line(error: Exception) -> str:
+    """Ray's messages are paragraphs; the first line that says something is enough beside the log."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if "cause" in line.lower()]
+    return (causes or lines or [type(error).__name__])[0]
