@@ -1,0 +1,64 @@
+"""What can go wrong with a study, and how a command says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainables.errors import Problem, UserError
+
+
+class SpecError(UserError):
+    """The spec is wrong: one problem for each fault in it."""
+
+
+class StudyNameError(UserError):
+    """Not a name that a study can have."""
+
+
+class StudyNotFoundError(UserError):
+    """The storage has no study of this name."""
+
+
+class StudyExistsError(UserError):
+    """The storage has a study of this name already."""
+
+
+class StudyRunningError(UserError):
+    """The study has a living driver, and this command may not run beside it."""
+
+
+class OutputNotEmptyError(UserError):
+    """The folder of `--out` holds something already."""
+
+
+class StorageError(UserError):
+    """The storage cannot be read or written, or is not a place that this version knows."""
+
+
+class CommandError(UserError):
+    """The input was right, but the command could not do it."""
+
+
+class StudyFailedError(CommandError):
+    """All trials of the study failed."""
+
+
+def exit_code(error: BaseException) -> int:
+    """What the process ends with: 2 for wrong input, 1 for a failure, 130 after Ctrl-C."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, UserError) and not isinstance(error, CommandError) else 1
+
+
+def error_json(error: BaseException) -> dict[str, Any]:
+    """The one document of a `--json` command that failed: `error`, and for a spec the list `errors`."""
+    if isinstance(error, SpecError):
+        return {"errors": [problem.to_json() for problem in error.problems]}
+    if isinstance(error, UserError):
+        document: dict[str, Any] = {"error": error.problems[0].to_json()}
+        if len(error.problems) > 1:
+            document["errors"] = [problem.to_json() for problem in error.problems]
+        return document
+    # Not foreseen: a fault of ours or of the machine's. It still has the shape that a reading program relies on.
+    found = f"{type(error).__name__}: {error}"
+    return {"error": Problem("", "the command runs to its end", found, "see the log; this is not your input").to_json()}
