@@ -1,0 +1,120 @@
+"""Can a model be opened at all? Looks at files and the hub, and imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainables.config import ModelConfig
+from trainables.errors import Problem
+
+HUB_TIMEOUT_S = 5.0
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+_INDEX = "model.safetensors.index.json"
+_PLACE = "model.name"
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that `model.name` means; None: it is a name on the hub."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def check_model_files(model: ModelConfig) -> list[Problem]:
+    """What keeps the model from being opened; empty when nothing was found."""
+    if problems := check_local(model):
+        return problems
+    return [] if local_folder(model.name) else _check_hub(model.name, model.from_scratch)
+
+
+def check_local(model: ModelConfig) -> list[Problem]:
+    """The part of `check_model_files` that asks no hub."""
+    if folder := local_folder(model.name):
+        return _check_folder(folder, model.from_scratch)
+    if _looks_like_a_path(model.name):
+        return [Problem(_PLACE, "a local model is a folder", f"no folder {model.name}", "a folder, or a hub name")]
+    return []
+
+
+def _check_folder(folder: Path, from_scratch: bool) -> list[Problem]:
+    """Problems of a local model folder. From scratch it needs a tokenizer only: its class names a config."""
+    problems = []
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        expected = f"one of {', '.join(_TOKENIZER_FILES)}"
+        problems.append(Problem(_PLACE, f"{folder} holds a tokenizer", _names(folder), expected))
+    if (folder / "config.json").is_file():
+        problems += _check_json(folder / "config.json")
+    elif not from_scratch:
+        problems.append(Problem(_PLACE, f"{folder} holds config.json", _names(folder), "a model saved by Transformers"))
+    return problems if from_scratch else problems + _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> list[Problem]:
+    if (folder / "model.safetensors").is_file():
+        return []
+    if (folder / _INDEX).is_file():
+        problems = _check_json(folder / _INDEX)
+        shards = set() if problems else set(_read(folder / _INDEX).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            found = f"{len(missing)} of {len(shards)} missing: {', '.join(missing[:5])}"
+            problems.append(Problem(_PLACE, f"every file that {_INDEX} names is there", found, "all of them"))
+        return problems
+    # Not *.bin: PyTorch's own files are pickles, which run code when they are opened.
+    rule = f"{folder} holds weights as safetensors"
+    return [Problem(_PLACE, rule, _names(folder), "model.safetensors, or from_scratch: true for random weights")]
+
+
+def _check_json(file: Path) -> list[Problem]:
+    try:
+        _read(file)
+    except (OSError, ValueError) as error:
+        return [Problem(_PLACE, f"{file} is a JSON object", str(error), "a whole file")]
+    return []
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__}")
+    return content
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "an empty folder"
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+
+
+def _check_hub(name: str, from_scratch: bool) -> list[Problem]:
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        needed = ["config.json"] if from_scratch else ["config.json", "model.safetensors"]
+        if all(isinstance(try_to_load_from_cache(name, file), str) for file in needed):
+            return []
+        if constants.HF_HUB_OFFLINE:
+            rule = "a hub model is in the cache when the hub is switched off (HF_HUB_OFFLINE)"
+            return [Problem(_PLACE, rule, f"no {name} in the cache", "a local folder, or a download before")]
+        info = HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except HFValidationError as error:
+        return [Problem(_PLACE, "a hub name is NAME or OWNER/NAME", str(error), "such as openai-community/gpt2")]
+    except RepositoryNotFoundError:
+        rule = "the hub has this model and lets you read it"
+        return [Problem(_PLACE, rule, f"no {name}", "a name on the hub, HF_TOKEN set for a private one")]
+    # Every way in which a network can fail means the same here.
+    except Exception as error:
+        found = f"{type(error).__name__}: {str(error)[:200]}"
+        return [
+            Problem(_PLACE, f"{name} is in the cache, or the hub can be reached", found, "a local folder, a network")
+        ]
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    if not from_scratch and not any(file.endswith(".safetensors") for file in files):
+        found = f"{name} on the hub has none"
+        return [Problem(_PLACE, "the weights are safetensors", found, "another model, or from_scratch: true")]
+    return []
