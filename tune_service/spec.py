@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -248,9 +249,9 @@ def name_problem(name: object, place: str = "name") -> Problem | None:
     """What is wrong with a study's name; None when it is one."""
     if isinstance(name, str) and _NAME.fullmatch(name):
         return None
-    slug = re.sub(r"[^a-z0-9._-]+", "-", str(name).lower()).lstrip("._-")[:63] or "mrpc-gpt2"
+    slug = re.sub(r"[^a-z0-9._-]+", "-", str(name or "").lower()).lstrip("._-")[:63] or "mrpc-gpt2"
     rule = "a study's name has 1 to 63 of the characters a-z 0-9 . _ - and begins with a letter or a digit"
-    return Problem(place, rule, _show(name), slug if isinstance(name, str) else f'"{slug}" (quoted: a string)')
+    return Problem(place, rule, _show(name), f'"{slug}"')
 
 
 # ---- a spec being read
@@ -537,8 +538,11 @@ def _require_plain(draft: _Draft, key: str, value: object) -> None:
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
             _require_plain(draft, f"{key}[{place}]", inner)
-    elif not (value is None or isinstance(value, str | int | float)):
-        draft.fault(key, "values are strings, numbers, true, false, null, lists or mappings", value, f'"{value}"')
+    elif (
+        not (value is None or isinstance(value, str | int | float)) or value in (math.inf, -math.inf) or value != value
+    ):
+        rule = "values are strings, finite numbers, true, false, null, lists or mappings"
+        draft.fault(key, rule, value, f'"{value}"')
 
 
 def _with_defaults(objective: Objective, task: str | None) -> Objective:
@@ -609,6 +613,8 @@ def _check_data(spec: StudySpec, draft: _Draft) -> None:
     elif data.task is not None and data.text is not None:
         expected = f"no `text`: the task {data.task} has its own columns"
         draft.fault("data.text", "text columns are only for a path without a task", list(data.text), expected)
+    if data.text and data.label in data.text and draft.sound("data.label"):
+        draft.fault("data.label", "the label is not one of the texts", data.label, "another column than data.text")
 
 
 def _check_values(spec: StudySpec, draft: _Draft) -> None:

@@ -1,0 +1,88 @@
+"""Holds the imports to the design: what is lower knows nothing of what is higher; few files know a heavy library."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("search_spaces", "trainables", "tune_service")
+FILES = [str(path.relative_to(ROOT)) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+FORBIDDEN = {
+    "search_spaces": {"trainables", "tune_service", "ray", "torch", "optuna", "transformers", "colossalai", "pydantic"},
+    "trainables": {"tune_service", "search_spaces", "optuna"},
+    "tune_service": {"torch", "transformers", "colossalai"},
+}
+"""What no file of a package imports."""
+
+ONLY_IN = {
+    "colossalai": {"trainables/parallel.py"},
+    "ray": {
+        "trainables/worker.py",
+        "trainables/worker_group.py",
+        "trainables/trial.py",
+        "tune_service/searcher.py",
+        "tune_service/scheduler.py",
+        "tune_service/local_ray.py",
+        "tune_service/tuner.py",
+        "tune_service/study.py",
+        "tune_service/cluster.py",
+    },
+    "torch": {
+        "trainables/data.py",
+        "trainables/model.py",
+        "trainables/parallel.py",
+        "trainables/checkpoint.py",
+        "trainables/finetune.py",
+        "trainables/worker.py",
+    },
+}
+"""Libraries that a few files know."""
+
+LIGHT = (
+    "search_spaces",
+    "trainables",
+    "trainables.glue",
+    "tune_service",
+    "tune_service.spec",
+    "tune_service.machine",
+    "tune_service.cli",
+)
+"""Modules that load neither torch nor ray: a spec is checked, and a command answers, before anything heavy loads."""
+
+
+def imported(file: str) -> Iterator[str]:
+    """Top-level names of all that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute, so that this test can read them"
+            yield str(node.module).partition(".")[0]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_only_what_its_package_may_know(file: str) -> None:
+    assert not FORBIDDEN[file.partition("/")[0]] & set(imported(file))
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_is_known_to_a_few_files(library: str) -> None:
+    assert {file for file in FILES if library in imported(file)} <= ONLY_IN[library]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_a_light_module_loads_neither_torch_nor_ray(module: str) -> None:
+    path = ROOT / module.replace(".", "/")
+    if not (path.is_dir() or path.with_suffix(".py").exists()):
+        pytest.skip(f"there is no {module} yet")
+    heavy = "{'torch', 'ray', 'transformers', 'colossalai'}"
+    code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
