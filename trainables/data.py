@@ -101,9 +101,11 @@ def _config_problems(config: DataConfig) -> list[Problem]:
 
 
 def _has_rows(split: str, table: pa.Table, problems: list[Problem]) -> bool:
-    if not table.num_rows:
+    # A table in which no wanted column was found counts no rows either; that is reported as unknown columns.
+    has_rows = table.num_rows > 0 or not table.column_names
+    if not has_rows:
         problems.append(Problem("data.path", f"the split {split} has rows", "none", "at least one row"))
-    return table.num_rows > 0
+    return has_rows
 
 
 def _texts(
@@ -389,7 +391,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length
     """
     is_pair = len(texts[0]) == 2
     joins = is_pair and tokenizer.sep_token_id not in tokenizer("a", "b")["input_ids"]
-    edges = _edges(tokenizer)
+    edges = _edges(tokenizer) if joins else ([], [])
     specials = len(edges[0]) + len(edges[1]) + 1 if joins else tokenizer.num_special_tokens_to_add(pair=is_pair)
     shortest = specials + len(texts[0])
     if max_length < shortest:

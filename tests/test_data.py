@@ -1,0 +1,501 @@
+"""Reading, tokenising and batching, on data small enough to check by eye."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from trainables.config import DataConfig
+from trainables.data import (
+    Encoded,
+    bucket_width,
+    encode,
+    epoch_batches,
+    eval_batches,
+    pad,
+    read_texts,
+)
+from trainables.errors import DataError, Problem
+
+WORDS = ("a", "b", "c", "d", "x", "y", "z")
+
+
+def write(folder: Path, split: str = "train", suffix: str = "parquet", **columns: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{split}.{suffix}"
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if suffix == "parquet":
+        pq.write_table(pa.table(columns), file)
+    elif suffix == "jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        lines = [",".join(columns), *(",".join(str(value) for value in row.values()) for row in rows)]
+        file.write_text("\n".join(lines))
+
+
+def both(folder: Path, **columns: Any) -> Path:
+    write(folder, "train", **columns)
+    write(folder, "validation", **columns)
+    return folder
+
+
+def own(folder: Path, *text: str, label: str = "label") -> DataConfig:
+    return DataConfig(path=str(folder), text=text or ("text",), label=label)
+
+
+def problems_of(config: DataConfig) -> list[Problem]:
+    with pytest.raises(DataError) as caught:
+        read_texts(config)
+    return list(caught.value.problems)
+
+
+# --- Reading ---
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path, split, suffix, one=["how", "2020-01-01"], two=["12", "are"], label=[1, 0])
+    data = read_texts(own(tmp_path, "one", "two"))
+    assert list(data.splits) == ["train", "validation"]
+    assert data.splits["train"].texts == [("how", "12"), ("2020-01-01", "are")]
+    assert data.splits["train"].labels.tolist() == [1, 0]
+    assert data.splits["train"].labels.dtype == np.int64
+
+
+def test_a_glue_task_knows_its_columns_and_class_names(tmp_path: Path) -> None:
+    both(tmp_path, sentence1=["p", "q"], sentence2=["r", "s"], label=[1, 0], idx=[7, 8])
+    data = read_texts(DataConfig(task="mrpc", path=str(tmp_path)))
+    assert data.splits["validation"].texts == [("p", "r"), ("q", "s")]
+    assert data.label_names == ("not_equivalent", "equivalent")
+
+
+def test_a_glue_task_also_takes_its_class_names_as_labels(tmp_path: Path) -> None:
+    both(tmp_path, sentence1=["p", "q"], sentence2=["r", "s"], label=["not_entailment", "entailment"])
+    assert read_texts(DataConfig(task="rte", path=str(tmp_path))).splits["train"].labels.tolist() == [1, 0]
+
+
+def test_mnli_reads_both_validation_splits(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {"premise": ["p", "q"], "hypothesis": ["r", "s"], "label": [2, 0]}
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        write(tmp_path, split, **columns)
+    data = read_texts(DataConfig(task="mnli", path=str(tmp_path)))
+    assert list(data.splits) == ["train", "validation_matched", "validation_mismatched"]
+
+
+def test_stsb_has_float_scores_and_no_class_names(tmp_path: Path) -> None:
+    both(tmp_path, sentence1=["p", "q"], sentence2=["r", "s"], label=[4.5, 0.0])
+    data = read_texts(DataConfig(task="stsb", path=str(tmp_path)))
+    assert data.splits["train"].labels.dtype == np.float32
+    assert data.splits["train"].labels.tolist() == [4.5, 0.0]
+    assert data.label_names == ()
+
+
+def test_string_labels_are_numbered_in_sorted_order_of_the_train_split(tmp_path: Path) -> None:
+    write(tmp_path, "train", text=["p", "q", "r"], label=["spam", "ham", "eggs"])
+    write(tmp_path, "validation", text=["p"], label=["ham"])
+    data = read_texts(own(tmp_path))
+    assert data.label_names == ("eggs", "ham", "spam")
+    assert data.splits["train"].labels.tolist() == [2, 1, 0]
+    assert data.splits["validation"].labels.tolist() == [1]
+
+
+def test_integer_labels_are_numbered_in_the_order_of_numbers(tmp_path: Path) -> None:
+    both(tmp_path, text=["p", "q", "r"], label=[10, 9, -1])
+    data = read_texts(own(tmp_path))
+    assert data.label_names == ("-1", "9", "10")
+    assert data.splits["train"].labels.tolist() == [2, 1, 0]
+
+
+def test_categories_large_strings_and_booleans_are_read_as_what_they_mean(tmp_path: Path) -> None:
+    texts = pa.array(["p", "q"], type=pa.large_string())
+    both(tmp_path, text=texts, kind=pa.array(["x", "w"]).dictionary_encode(), flag=[True, False])
+    assert read_texts(own(tmp_path, label="kind")).label_names == ("w", "x")
+    assert read_texts(own(tmp_path, label="flag")).label_names == ("false", "true")
+
+
+def test_shards_under_data_are_read_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "data", "train-00001-of-00002", text=["c"], label=[1])
+    write(tmp_path / "data", "train-00000-of-00002", text=["a", "b"], label=[0, 0])
+    write(tmp_path / "data", "validation-00000-of-00001", text=["d"], label=[0])
+    assert read_texts(own(tmp_path)).splits["train"].texts == [("a",), ("b",), ("c",)]
+
+
+def test_the_test_split_is_never_opened(tmp_path: Path) -> None:
+    both(tmp_path, text=["p", "q"], label=[0, 1])
+    (tmp_path / "test.parquet").write_bytes(b"not a parquet file")
+    assert list(read_texts(own(tmp_path)).splits) == ["train", "validation"]
+
+
+def test_a_csv_keeps_quotes_line_breaks_and_empty_texts(tmp_path: Path) -> None:
+    content = 'text,label\n"one, ""two""\nthree",0\n,1\nNA,1\n'
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(content)
+    assert read_texts(own(tmp_path)).splits["train"].texts == [('one, "two"\nthree',), ("",), ("NA",)]
+
+
+# --- Faults ---
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    (problem,) = problems_of(own(tmp_path / "nowhere"))
+    assert problem.place == "data.path"
+    assert problem.found == f"{tmp_path / 'nowhere'} does not exist"
+
+
+def test_a_missing_split_is_reported_with_the_files_that_are_there(tmp_path: Path) -> None:
+    write(tmp_path, "train", text=["p", "q"], label=[0, 1])
+    write(tmp_path, "dev", text=["p", "q"], label=[0, 1])
+    (problem,) = problems_of(own(tmp_path))
+    assert "validation" in problem.rule
+    assert problem.found == "only dev.parquet, train.parquet"
+
+
+def test_a_split_in_two_formats_is_refused_as_ambiguous(tmp_path: Path) -> None:
+    both(tmp_path, text=["p", "q"], label=[0, 1])
+    write(tmp_path, "train", "csv", text=["p", "q"], label=[0, 1])
+    (problem,) = problems_of(own(tmp_path))
+    assert problem.rule.endswith("holds the split train once")
+
+
+def test_a_missing_shard_is_counted(tmp_path: Path) -> None:
+    write(tmp_path, "train-00000-of-00003", text=["p", "q"], label=[0, 1])
+    write(tmp_path, "validation", text=["p"], label=[0])
+    (problem,) = problems_of(own(tmp_path))
+    assert problem.found == "1 of 3"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_an_unreadable_file_is_named(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path, "validation", text=["p"], label=[0])
+    (tmp_path / f"train.{suffix}").write_bytes(b'text,label\n"open,1\n\xff\xfe\x00')
+    (problem,) = problems_of(own(tmp_path))
+    assert problem.place == "data.path"
+    assert f"train.{suffix}" in problem.rule
+
+
+def test_a_broken_json_line_is_numbered(tmp_path: Path) -> None:
+    write(tmp_path, "validation", text=["p"], label=[0])
+    (tmp_path / "train.jsonl").write_text('{"text": "p", "label": 0}\n{"text": "p", "la')
+    (problem,) = problems_of(own(tmp_path))
+    assert "line 2" in problem.found
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_unknown_columns_are_reported_with_the_ones_that_exist(tmp_path: Path, suffix: str) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path, split, suffix, sentence=["p", "q"], gold=[0, 1])
+    problems = problems_of(own(tmp_path, "text"))
+    assert {(problem.place, problem.found) for problem in problems} == {
+        ("data.text", "train has no text"),
+        ("data.text", "validation has no text"),
+        ("data.label", "train has no label"),
+        ("data.label", "validation has no label"),
+    }
+    assert {problem.expected for problem in problems} == {"some of sentence, gold"}
+
+
+def test_every_fault_of_every_split_is_reported_at_once(tmp_path: Path) -> None:
+    write(tmp_path, "train", text=["p", None, None], label=["x", None, "x"])
+    write(tmp_path, "validation", text=[1, 2], label=[0.5, 1.0])
+    problems = problems_of(own(tmp_path))
+    assert [(problem.place, problem.found) for problem in problems] == [
+        ("data.text", "2 rows without one, the first is row 2"),
+        ("data.text", "int64"),
+        ("data.label", "1 rows without one, the first is row 2"),
+        ("data.label", "double, such as 0.5"),
+    ]
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "train", text=["p", "q"], label=[0, 1])
+    write(tmp_path, "validation", text=pa.array([], pa.string()), label=pa.array([], pa.int64()))
+    (problem,) = problems_of(own(tmp_path))
+    assert problem.rule == "the split validation has rows"
+
+
+def test_train_with_a_single_class_is_refused(tmp_path: Path) -> None:
+    both(tmp_path, text=["p", "q"], label=["x", "x"])
+    (problem,) = problems_of(own(tmp_path))
+    assert (problem.place, problem.found) == ("data.label", "only 'x', in all 2 rows")
+
+
+def test_hidden_labels_of_a_glue_task_are_refused(tmp_path: Path) -> None:
+    both(tmp_path, sentence=["p", "q", "r"], label=[0, 1, 1])
+    write(tmp_path, "validation", sentence=["p", "q", "r"], label=[-1, -1, 1])
+    (problem,) = problems_of(DataConfig(task="cola", path=str(tmp_path)))
+    assert problem.found.startswith("-1 in 2 rows (-1 marks the hidden labels")
+    assert problem.expected == "0, 1"
+
+
+def test_a_label_that_train_does_not_have_is_refused(tmp_path: Path) -> None:
+    both(tmp_path, text=["p", "q"], label=["x", "y"])
+    write(tmp_path, "validation", text=["p", "q", "r"], label=["x", "z", "z"])
+    (problem,) = problems_of(own(tmp_path))
+    assert (problem.found, problem.expected) == ("z in 2 rows", "x, y")
+
+
+def test_a_split_whose_labels_are_of_another_kind_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "train", text=["p", "q"], label=[0, 1])
+    write(tmp_path, "validation", text=["p", "q"], label=["0", "1"])
+    (problem,) = problems_of(own(tmp_path))
+    assert problem.found == "0, 1 in 2 rows"
+
+
+def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    both(tmp_path, sentence1=["p", "q"], sentence2=["r", "s"], label=[1.0, 2.0])
+    write(tmp_path, "train", sentence1=["p", "q"], sentence2=["r", "s"], label=[1.0, float("nan")])
+    (problem,) = problems_of(DataConfig(task="stsb", path=str(tmp_path)))
+    assert (problem.place, problem.found) == ("data.label", "1 that are not, the first in row 2: nan")
+
+
+def test_the_label_cannot_be_one_of_the_texts(tmp_path: Path) -> None:
+    both(tmp_path, text=["p", "q"], label=["x", "y"])
+    (problem,) = problems_of(own(tmp_path, "text", label="text"))
+    assert problem.place == "data.label"
+
+
+def test_a_path_without_a_task_needs_text_columns(tmp_path: Path) -> None:
+    (problem,) = problems_of(DataConfig(path=str(tmp_path)))
+    assert problem.place == "data.text"
+
+
+def test_neither_task_nor_path_is_refused() -> None:
+    (problem,) = problems_of(DataConfig())
+    assert problem.place == "data"
+
+
+def test_a_hub_that_cannot_be_reached_is_a_problem_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (problem,) = problems_of(DataConfig(task="mrpc"))
+    assert (problem.place, problem.found) == ("data.task", "ConnectionError: no route")
+
+
+def test_the_hub_is_asked_for_train_and_validation_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    asked: list[object] = []
+
+    def load_dataset(name: str, task: str, split: list[str]) -> list[Dataset]:
+        asked.extend([name, task, *split])
+        return [Dataset.from_dict({"sentence": ["p", "q"], "label": [0, 1]}) for _ in split]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = read_texts(DataConfig(task="sst2"))
+    assert asked == ["nyu-mll/glue", "sst2", "train", "validation"]
+    assert data.splits["train"].texts == [("p",), ("q",)]
+
+
+# --- Tokens ---
+
+
+def word_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """One token a word; with the special tokens of GPT-2 (none), Llama (a BOS) or BERT (its pair template)."""
+    special = {"gpt2": ["<end>"], "llama": ["<unk>", "<s>", "</s>"], "bert": ["[UNK]", "[CLS]", "[SEP]"]}[kind]
+    vocab = {token: index for index, token in enumerate(["[PAD]", *special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=special[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if kind == "bert":
+        template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1"}
+        names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    elif kind == "llama":
+        template = {"single": "<s> $A", "pair": "<s> $A <s>:1 $B:1"}
+        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    else:
+        template = {"single": "$A", "pair": "$A $B:1"}
+        names = {"unk_token": "<end>", "bos_token": "<end>", "eos_token": "<end>"}
+    tokens = [(token, vocab[token]) for token in special]
+    tokenizer.post_processor = processors.TemplateProcessing(**template, special_tokens=tokens)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", **names)
+    if kind == "bert":
+        fast.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    else:
+        fast.add_special_tokens({"sep_token": "[SEP]"})
+    return fast
+
+
+def tokens_of(kind: str, *texts: tuple[str, ...], max_length: int = 32) -> list[str]:
+    tokenizer = word_tokenizer(kind)
+    encoded = encode(tokenizer, texts, max_length)
+    return [" ".join(tokenizer.convert_ids_to_tokens(encoded.row(row))) for row in range(len(encoded))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "single", "pair"),
+    [
+        ("gpt2", "a b", "a b [SEP] x"),
+        ("llama", "<s> a b", "<s> a b [SEP] x"),
+        ("bert", "[CLS] a b [SEP]", "[CLS] a b [SEP] x [SEP]"),
+    ],
+)
+def test_each_family_marks_texts_and_pairs_in_its_own_way(kind: str, single: str, pair: str) -> None:
+    assert tokens_of(kind, ("a b",)) == [single]
+    assert tokens_of(kind, ("a b", "x")) == [pair]
+
+
+def test_bert_pairs_tell_the_first_from_the_second_sentence() -> None:
+    encoded = encode(word_tokenizer("bert"), [("a b", "x"), ("a", "x y")], 32)
+    assert encoded.token_type_ids is not None
+    assert encoded.token_type_ids.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert encode(word_tokenizer("gpt2"), [("a", "x")], 32).token_type_ids is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (("a b c d", "x"), "a b c [SEP] x"),
+        (("a", "x y z x y"), "a [SEP] x y z"),
+        (("a b c d", "x y z"), "a b [SEP] x y"),
+        (("a b c", "x"), "a b c [SEP] x"),
+        (("a b c d", ""), "a b c d [SEP]"),
+    ],
+)
+def test_a_long_pair_loses_tokens_of_its_longer_text_first(texts: tuple[str, str], expected: str) -> None:
+    assert tokens_of("gpt2", texts, max_length=5) == [expected]
+
+
+def test_llamas_bos_counts_towards_the_length_and_stays() -> None:
+    assert tokens_of("llama", ("a b c d", "x y z"), max_length=6) == ["<s> a b [SEP] x y"]
+    assert tokens_of("llama", ("a b c d",), max_length=4) == ["<s> a b c"]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("gpt2", "<end>"), ("llama", "<s>"), ("bert", "[CLS] [SEP]")])
+def test_an_empty_text_still_has_a_token(kind: str, expected: str) -> None:
+    assert tokens_of(kind, ("",), ("  ",)) == [expected, expected]
+
+
+def test_an_empty_pair_is_its_separator() -> None:
+    assert tokens_of("gpt2", ("", "")) == ["[SEP]"]
+
+
+@pytest.mark.parametrize(("kind", "shortest"), [("gpt2", 3), ("llama", 4), ("bert", 5)])
+def test_a_max_length_without_room_for_both_texts_is_refused(kind: str, shortest: int) -> None:
+    encode(word_tokenizer(kind), [("a", "x")], shortest)
+    with pytest.raises(DataError) as caught:
+        encode(word_tokenizer(kind), [("a", "x")], shortest - 1)
+    assert caught.value.problems[0].place == "training.max_length"
+
+
+def test_rows_are_the_same_whatever_the_size_of_the_tokenizers_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [(" ".join(WORDS[: 1 + i % 7]), " ".join(WORDS[: 1 + i % 3])) for i in range(10)]
+    whole = encode(word_tokenizer("bert"), texts, 8)
+    monkeypatch.setattr("trainables.data.TOKENIZE_ROWS", 3)
+    parts = encode(word_tokenizer("bert"), texts, 8)
+    assert parts.ids.tolist() == whole.ids.tolist()
+    assert parts.offsets.tolist() == whole.offsets.tolist()
+    assert parts.token_type_ids is not None and whole.token_type_ids is not None
+    assert parts.token_type_ids.tolist() == whole.token_type_ids.tolist()
+
+
+# --- Batches ---
+
+
+def rows_of(batches: list[np.ndarray]) -> list[int]:
+    return [int(row) for row in np.concatenate(batches)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 1000])
+def test_an_epoch_holds_every_row_exactly_once(num_rows: int) -> None:
+    batches = epoch_batches(np.arange(num_rows) % 13 + 1, 8, seed=0, epoch=1)
+    assert sorted(rows_of(batches)) == list(range(num_rows))
+    assert [len(batch) for batch in batches] == [8] * (num_rows // 8) + [num_rows % 8] * (num_rows % 8 > 0)
+
+
+def test_an_epoch_is_the_same_again_for_its_seed_and_number_only() -> None:
+    lengths = np.arange(100) % 13 + 1
+    first = rows_of(epoch_batches(lengths, 8, seed=3, epoch=1))
+    assert rows_of(epoch_batches(lengths, 8, seed=3, epoch=1)) == first
+    assert rows_of(epoch_batches(lengths, 8, seed=3, epoch=2)) != first
+    assert rows_of(epoch_batches(lengths, 8, seed=4, epoch=1)) != first
+
+
+def test_batches_do_not_come_in_the_order_of_their_lengths() -> None:
+    lengths = np.arange(1, 401)
+    means = [lengths[batch].mean() for batch in epoch_batches(lengths, 10, seed=0, epoch=1)]
+    assert means != sorted(means)
+    assert abs(np.corrcoef(means, range(40))[0, 1]) < 0.4
+
+
+def test_a_batch_holds_rows_of_about_one_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 101, size=1600)
+    spans = [np.ptp(lengths[batch]) for batch in epoch_batches(lengths, 32, seed=0, epoch=1)]
+    assert max(spans) <= 6  # one window of 50 batches: each spans about 2 of 100 lengths
+
+
+def test_the_smaller_batch_left_over_is_not_the_longest_rows() -> None:
+    lengths = np.arange(1, 104)
+    means = [lengths[epoch_batches(lengths, 50, seed=0, epoch=epoch)[-1]].mean() for epoch in range(200)]
+    assert np.mean(means) == pytest.approx(52, abs=6)
+
+
+def test_evaluation_goes_from_short_to_long_over_every_row() -> None:
+    batches = eval_batches(np.array([5, 1, 4, 2, 3]), 2)
+    assert [batch.tolist() for batch in batches] == [[1, 3], [4, 2], [0]]
+
+
+def test_widths_are_multiples_of_the_step_up_to_max_length() -> None:
+    assert [bucket_width(length, 30) for length in (1, 8, 9, 24, 25, 30)] == [8, 8, 16, 24, 30, 30]
+
+
+def test_padding_is_on_the_right_and_masked() -> None:
+    encoded = Encoded(
+        ids=np.array([5, 6, 7, 8], dtype=np.int32),
+        offsets=np.array([0, 1, 4]),
+        token_type_ids=np.array([1, 0, 1, 1], dtype=np.int32),
+    )
+    batch = pad(encoded, np.array([1, 0]), pad_id=9, width=4)
+    assert {name: array.tolist() for name, array in batch.items()} == {
+        "input_ids": [[6, 7, 8, 9], [5, 9, 9, 9]],
+        "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0]],
+        "token_type_ids": [[0, 1, 1, 0], [1, 0, 0, 0]],
+    }
+    assert {array.dtype for array in batch.values()} == {np.dtype(np.int64)}
+
+
+def test_a_batch_narrower_than_its_longest_row_is_a_fault_of_ours() -> None:
+    with pytest.raises(AssertionError):
+        pad(Encoded(np.array([5, 6], dtype=np.int32), np.array([0, 2])), np.array([0]), 0, width=1)
+
+
+# --- Real data ---
+
+
+@pytest.fixture(scope="module")
+def mrpc(data_dir: Path) -> Encoded:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "gpt2-tokenizer")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "sep_token": "[SEP]"})
+    data = read_texts(DataConfig(task="mrpc", path=str(data_dir / "glue" / "mrpc")))
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 3668, "validation": 408}
+    return encode(tokenizer, data.splits["train"].texts, 128)
+
+
+def test_mrpc_is_padded_by_at_most_12_percent(mrpc: Encoded) -> None:
+    lengths = mrpc.lengths
+    for epoch in (1, 2):
+        batches = epoch_batches(lengths, 32, seed=42, epoch=epoch)
+        padded = sum(len(batch) * bucket_width(int(lengths[batch].max()), 128) for batch in batches)
+        assert padded / lengths.sum() <= 1.12
+
+
+def test_mrpc_rows_hold_exactly_one_separator(mrpc: Encoded) -> None:
+    separators = np.add.reduceat(mrpc.ids == 50258, mrpc.offsets[:-1])
+    assert separators.tolist() == [1] * 3668
+
+
+@pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "rte", "wnli"])
+def test_real_glue_folders_have_no_problem(data_dir: Path, task: str) -> None:
+    data = read_texts(DataConfig(task=task, path=str(data_dir / "glue" / task)))  # type: ignore[arg-type]
+    assert min(len(split) for split in data.splits.values()) >= 71
