@@ -108,6 +108,13 @@ class CheckpointStore:
     def trials(self) -> list[int]:
         return sorted(int(folder.name.removeprefix("trial-")) for folder in self.root.glob("trial-*"))
 
+    def num_bytes(self, trial: int, epoch: int) -> int:
+        """Size by the manifest; 0 when that cannot be read."""
+        try:
+            return Manifest.read(self.folder(trial, epoch)).num_bytes
+        except CheckpointError:
+            return 0
+
     def delete(self, trial: int, epoch: int) -> None:
         """Removes a checkpoint; out of sight first, so that a kill in between leaves no half of it."""
         folder = self.folder(trial, epoch)

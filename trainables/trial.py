@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     """One `step` is one report. A failure is a result too, not an exception: it is plain data with its reason, and
     this process, which did not fail, begins again from the last checkpoint when it is asked to go on.
 
-    A result holds `epoch`, `metrics`, `checkpoint` (a manifest or None) and `finished`; or `failure`; and always
-    `next_within_s`, the time after which the next result is overdue.
+    A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `checkpoint_bytes` (None: none was saved)
+    and `finished`; or `failure`; and always `number` and `next_within_s`, the time until the next result is overdue.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -51,15 +52,20 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def step(self) -> dict[str, Any]:
         try:
             result = self._next_result()
-        except (TrialError, OSError) as error:
-            self._begun = False
-            if isinstance(error, TrialError):
-                self._drop_group()
-            result = {"failure": f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)}
+        except TrialError as error:
+            result = self._failure(str(error))
+        except Exception as error:  # a full disk; or a fault of ours, which then has its reason in the record
+            traceback.print_exc()
+            result = self._failure(f"the supervisor raised {type(error).__name__}: {error}")
         return result | {"number": self._task.number, "next_within_s": self._next_within_s()}
 
     def cleanup(self) -> None:
         self._drop_group()
+
+    def _failure(self, reason: str) -> dict[str, Any]:
+        self._begun = False
+        self._drop_group()
+        return {"failure": reason}
 
     def _next_result(self) -> dict[str, Any]:
         if not self._begun:
@@ -90,8 +96,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def _result(self, epoch: int, metrics: dict[str, float], manifest: Manifest | None) -> dict[str, Any]:
         return {
             "epoch": epoch,
-            "metrics": metrics,
-            "checkpoint": manifest and {"epoch": epoch, "bytes": manifest.num_bytes},
+            "metrics": list(metrics.items()),
+            "checkpoint_bytes": manifest and manifest.num_bytes,
             "finished": epoch >= self._task.max_epochs,
         }
 

@@ -96,7 +96,7 @@ class RankWorker:
         """Runs up to the next report; None when the trainable has come to its end."""
         assert self._reports is not None, "begin comes first"
         with _plain_errors(self._rank):
-            self._report = _checked(next(self._reports, None))
+            self._report = _checked(next(self._reports, None), self._report)
         if self._report is None:
             return None
         metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
@@ -145,12 +145,18 @@ def log_tail(path: Path) -> str:
     return "\n".join(lines[-LOG_LINES:])
 
 
-def _checked(report: object) -> Report | None:
-    if report is None or isinstance(report, Report):
-        return report
-    raise TrainableError(
-        Problem("trainable", "yields trainables.Report", f"a {type(report).__name__}", "Report(epoch, metrics)")
-    )
+def _checked(report: object, before: Report | None) -> Report | None:
+    """What the trainable yielded, when it keeps the contract."""
+    if report is None:
+        return None
+    if not isinstance(report, Report):
+        found = f"a {type(report).__name__}"
+        raise TrainableError(Problem("trainable", "yields trainables.Report", found, "Report(epoch, metrics)"))
+    last = before.epoch if before is not None else 0
+    if not isinstance(report.epoch, int) or report.epoch <= last:
+        found = f"epoch {report.epoch!r} after epoch {last}"
+        raise TrainableError(Problem("trainable", "counts its epochs up from 1", found, f"epoch {last + 1}"))
+    return report
 
 
 def _log_to(path: Path) -> None:

@@ -84,7 +84,7 @@ class InProcessWorkerGroup(WorkerGroup):
 
 
 class RayWorkerGroup(WorkerGroup):
-    """One actor a rank, each in its own bundle of the trial's placement group (bundle 0 is the supervisor's)."""
+    """One actor a rank, each in its own bundle of the trial's placement group."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class RayWorkerGroup(WorkerGroup):
                 name=_free_name(f"{name} rank {rank}"),
                 num_cpus=cpus_per_worker,
                 num_gpus=gpus_per_worker,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank + 1),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank),
                 max_restarts=0,
             ).remote(rank, workers, gpus_per_worker > 0)
             for rank in range(workers)

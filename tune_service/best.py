@@ -1,0 +1,65 @@
+"""The best trial as a folder of its own: model, config, metrics."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from trainables.checkpoint import MANIFEST, fsync_tree, write_json
+from trainables.errors import Problem
+from tune_service.errors import CommandError, OutputNotEmptyError
+from tune_service.record import Record
+from tune_service.spec import StudySpec, dump_yaml, spec_for_trial
+from tune_service.status import BestTrial, StudyStatus
+from tune_service.storage import Storage
+from tune_service.study import stored_spec
+
+
+def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
+    """Writes the best trial of a study to `out`, which is whole or absent whenever this process is killed.
+
+    `model/` opens with `from_pretrained` (a trainable of the user's own: `checkpoint/`, when it saved one), `config.yaml`
+    is a spec that trains this trial again, `metrics.json` is what it reached. Raises OutputNotEmptyError, and CommandError
+    when the study has no best trial or `out` cannot be written.
+    """
+    folder = storage.study(name)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputNotEmptyError(Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name"))
+    record = Record.open(folder)
+    status = record.status(deep=True)
+    if status.best is None:
+        found = f"no completed or pruned trial with a finite {status.objective.metric} and a whole checkpoint"
+        raise CommandError(Problem(name, "has a best trial", found, "a study with at least one trial that ended"))
+    spec = stored_spec(record)
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(partial, spec, status, status.best, folder.checkpoints.folder(status.best.number, status.best.epoch))
+        fsync_tree(partial)
+        partial.replace(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        expected = "a folder on a disk with room"
+        raise CommandError(Problem("--out", "can be written", f"{type(error).__name__}: {error}", expected)) from error
+    return status.best
+
+
+def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial, checkpoint: Path) -> None:
+    if spec.is_finetune:
+        shutil.copytree(checkpoint / "model", out / "model")
+    elif checkpoint.exists():
+        shutil.copytree(checkpoint, out / "checkpoint", ignore=shutil.ignore_patterns(MANIFEST))
+    retrain = spec_for_trial(spec, best.params, name=f"{spec.name[:50]}-best")
+    (out / "config.yaml").write_text(dump_yaml(retrain))
+    trial = status.trials[best.number]
+    report = next(report for report in trial.reports if report.epoch == best.epoch)
+    document = {
+        "study": status.study,
+        "objective": status.objective.model_dump(),
+        **best.model_dump(),
+        "metrics": report.metrics,
+        "reports": [each.model_dump() for each in trial.reports],
+    }
+    write_json(out / "metrics.json", document)

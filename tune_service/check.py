@@ -1,0 +1,132 @@
+"""Everything that can be known before money is spent. Imports neither torch nor ray, trains nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from trainables.config import DataConfig
+from trainables.data import TextData, read_texts
+from trainables.errors import Problem, UserError
+from trainables.glue import majority_baseline
+from trainables.model_files import check_model_files
+from tune_service.machine import Machine, fit, resource_problems
+from tune_service.spec import StudySpec
+from tune_service.storage import Storage
+
+IMPORT_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+    problems: tuple[Problem, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "problems"}
+
+
+def run_checks(spec: StudySpec, storage: Storage, machine: Machine) -> list[Check]:
+    """Looks at all that a study of this spec needs. The name is not looked up: `check` serves existing studies too."""
+    checks = [
+        _check("storage", lambda: storage.check_writable() or f"{storage.root} can be written"),
+        _check("resources", lambda: _resources(spec, machine)),
+    ]
+    if spec.is_finetune:
+        assert spec.model is not None
+        model = spec.model
+        checks.append(_check("model", lambda: _raised(check_model_files(model)) or model.name))
+        checks.append(_check("data", lambda: _describe(_texts(spec))))
+    else:
+        checks.append(_check("trainable", lambda: _import_trainable(spec)))
+    return checks
+
+
+def problems_of(checks: Sequence[Check]) -> list[Problem]:
+    return [problem for check in checks for problem in check.problems]
+
+
+def baseline(spec: StudySpec) -> float | None:
+    """Accuracy of always answering the commonest class of the validation split; None where it means nothing."""
+    if not spec.is_finetune:
+        return None
+    texts = _texts(spec)
+    if not texts.label_names:
+        return None
+    return majority_baseline(next(split.labels for name, split in texts.splits.items() if name != "train"))
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except UserError as error:
+        found = "; ".join(f"{problem.place}: {problem.found}" for problem in error.problems)
+        advice = "; ".join(f"{problem.rule}: {problem.expected}" for problem in error.problems)
+        return Check(name, False, found, advice, error.problems)
+
+
+def _raised(problems: Sequence[Problem]) -> str:
+    if problems:
+        raise UserError(problems)
+    return ""
+
+
+def _resources(spec: StudySpec, machine: Machine) -> str:
+    _raised(resource_problems(spec.resources, machine))
+    room = fit(spec.resources, machine, spec.budget.concurrent_trials)
+    return f"{machine.cpus} CPUs, {machine.gpus} GPUs: {room} trials at once"
+
+
+def _texts(spec: StudySpec) -> TextData:
+    assert spec.data is not None
+    return _read_once(spec.data)
+
+
+@lru_cache(maxsize=1)
+def _read_once(data: DataConfig) -> TextData:
+    return read_texts(data)
+
+
+def _describe(texts: TextData) -> str:
+    sizes = ", ".join(f"{len(split.labels)} {name}" for name, split in texts.splits.items())
+    if not texts.label_names:
+        return f"{sizes} rows, scores"
+    shares = np.bincount(texts.splits["train"].labels, minlength=len(texts.label_names))
+    classes = ", ".join(f"{name} {share}" for name, share in zip(texts.label_names, shares[:8], strict=False))
+    return f"{sizes} rows; train: {classes}"
+
+
+def _import_trainable(spec: StudySpec) -> str:
+    """Imports the user's module in a process of its own: it may import torch, or end the process."""
+    code = "import sys; from trainables.worker import resolve; resolve(sys.argv[1], sys.argv[2])"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # importing it must not need a GPU
+    command = [sys.executable, "-c", code, spec.trainable, str(spec.folder)]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment, check=False
+        )
+        found = "" if run.returncode == 0 else _last_line(run.stderr) or f"exit code {run.returncode}"
+    except subprocess.TimeoutExpired:
+        found = f"the import took more than {IMPORT_TIMEOUT_S} s"
+    if found:
+        expected = f"a module on PYTHONPATH or in {spec.folder} that can be imported"
+        raise UserError(Problem("trainable", f"{spec.trainable} can be imported", found, expected))
+    return spec.trainable
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+

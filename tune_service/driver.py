@@ -1,0 +1,271 @@
+"""What a study does at each event: writes the record, decides, keeps the checkpoints within budget. No Ray.
+
+`tuner.py` calls it from Ray Tune's hooks, always from one thread.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainables.checkpoint import CheckpointStore
+from tune_service.record import AskedTrial, Record
+from tune_service.retention import Kept, to_delete
+from tune_service.scheduler import Asha
+from tune_service.searcher import distributions, grid_points
+from tune_service.spec import StudySpec
+from tune_service.status import TrialStatus, best_report, objective_value
+
+GIB = 1024**3
+OVERDUE_MARGIN_S = 30.0
+"""How much longer the driver waits than the supervisor, whose own deadline says more about what went wrong."""
+STOP_POLL_S = 0.5
+USER_STOP = "stopped by the user"
+
+
+@dataclass
+class _Notes:
+    """What the driver remembers of one trial; all of it is in the record too."""
+
+    open: bool = True
+    best: float | None = None
+    best_epoch: int | None = None
+    kept: dict[int, int] = field(default_factory=dict)
+    """Epoch -> bytes of the checkpoints that exist."""
+
+
+class Driver:
+    """Drives one study by its record. `tell` is given one line for people at each event worth one."""
+
+    def __init__(self, spec: StudySpec, record: Record, tell: Callable[[str], None]) -> None:
+        self._spec = spec
+        self._record = record
+        self._tell = tell
+        self._objective = record.objective
+        self._distributions = distributions(spec.domains)
+        self._asha = _asha(spec)
+        self._store: CheckpointStore = record.folder.checkpoints
+        self._notes: dict[int, _Notes] = {}
+        self._due: dict[int, float] = {}
+        self._failures: Counter[str] = Counter()
+        self._stop: Mapping[str, Any] | None = None
+        self._next_poll = 0.0
+        self._grid: list[dict[str, Any]] | None = None
+        if spec.sampler.name == "grid":
+            self._grid = grid_points(spec.domains, spec.first_params(), record.budget_trials)
+        self._refill(record.trials())
+
+    # Events
+
+    def ask(self) -> AskedTrial | None:
+        """The next trial to start or to go on with; None when there is none, or the study is to end."""
+        if self.stopping:
+            return None
+        asked = self._record.ask(self._distributions, self._plan)
+        if asked is not None:
+            self._notes.setdefault(asked.number, _Notes())
+        return asked
+
+    def started(self, number: int) -> None:
+        """A supervisor has taken the trial, for the first time or again."""
+        if self._has_ended(number):
+            return  # Tune starts a trial again whose supervisor was lost after its end; `result` will stop it
+        self._record.start(number)
+        self._due[number] = math.inf  # the supervisor is being set up; the first result says when the next is due
+
+    def result(self, result: Mapping[str, Any]) -> bool:
+        """Applies one result of a supervisor. Whether the trial goes on."""
+        number = result["number"]
+        if self._has_ended(number):
+            return False
+        self._due[number] = time.monotonic() + result["next_within_s"] + OVERDUE_MARGIN_S
+        if "failure" in result:
+            return self._failed(number, result["failure"])
+        goes_on = self._report(number, result) if "epoch" in result else True
+        if goes_on and result["finished"]:
+            self._record.complete(number)
+            goes_on = False
+        elif goes_on and self.stopping:
+            goes_on = False  # stays without an end; the study's end puts it back in line
+        if not goes_on:
+            self._leave(number)
+        return goes_on
+
+    def supervisor_lost(self, number: int, why: str, final: bool) -> None:
+        """The supervisor's process is gone. Tune starts the trial again unless that is `final`."""
+        self._due.pop(number, None)
+        if self._has_ended(number):
+            return
+        if final:
+            self._give_up(number, f"the trial's supervisor was lost: {why}")
+            self._leave(number)
+        else:
+            self._tell(f"trial {number}: its supervisor was lost ({why}); starting again")
+
+    def poll(self) -> list[int]:
+        """Looks for a request to stop. Returns the trials whose supervisor is overdue and must be ended."""
+        now = time.monotonic()
+        if now >= self._next_poll:
+            self._next_poll = now + STOP_POLL_S
+            stop = self._record.stop_request
+            if stop is not None and self._stop is None:
+                self._tell("stopping: running trials end " + ("at once" if stop["now"] else "at their next report"))
+            self._stop = stop
+        return [number for number, due in self._due.items() if now > due]
+
+    @property
+    def stopping(self) -> bool:
+        """No trial is started any more."""
+        return self._stop is not None or self._record.failure is not None
+
+    @property
+    def stopping_now(self) -> bool:
+        """Running trials end at once."""
+        return self._record.failure is not None or (self._stop is not None and bool(self._stop["now"]))
+
+    def _has_ended(self, number: int) -> bool:
+        return self._record.trial(number).ended_at is not None
+
+    # Decisions
+
+    def _plan(self, number: int) -> Mapping[str, Any] | None:
+        """The given values of a new trial: the spec's own first, then a grid's points; the sampler does the rest."""
+        if self._grid is None:
+            return self._spec.first_params() if number == 0 else {}
+        if number < len(self._grid):
+            return self._grid[number]
+        self._record.set_exhausted()
+        return None
+
+    def _report(self, number: int, result: Mapping[str, Any]) -> bool:
+        epoch, metrics = int(result["epoch"]), dict(result["metrics"])
+        metric = self._objective.metric
+        if metric not in metrics:
+            has = ", ".join(sorted(metrics)) or "none"
+            self._give_up(number, f"the report of epoch {epoch} has no objective {metric!r}; its metrics: {has}")
+            return False
+        self._record.report(number, epoch, metrics)
+        notes = self._notes[number]
+        value = metrics[metric]
+        if math.isfinite(value):
+            if notes.best is None or self._objective.better(value, notes.best):
+                notes.best, notes.best_epoch = value, epoch
+            if self._asha is not None:
+                self._asha.add(number, epoch, value)
+        if result["checkpoint_bytes"] is not None:
+            self._record.set_saves(number)
+            notes.kept[epoch] = result["checkpoint_bytes"]
+            self._retain(number)
+        fault = next((name for name in ("train_loss", "eval_loss", metric) if not _finite(metrics, name)), None)
+        if fault is not None:
+            self._record.prune(number, f"diverged: {fault} is {metrics[fault]} at epoch {epoch}", diverged=True)
+            return False
+        reason = self._asha.stop_reason(number, epoch) if self._asha is not None else None
+        if reason is not None and not result["finished"]:
+            self._record.prune(number, reason)
+            return False
+        return True
+
+    def _failed(self, number: int, reason: str) -> bool:
+        """A rank failed. Whether the supervisor is to begin the trial again."""
+        restarts = self._record.trial(number).restarts
+        if self.stopping:
+            self._leave(number)
+            return False
+        if restarts < self._spec.faults.restarts_per_trial:
+            latest = self._store.latest(number)
+            where = f"after epoch {latest.epoch}" if latest else "at epoch 1: it has no checkpoint"
+            self._tell(f"trial {number}: {_first_line(reason)}; starting again {where}")
+            self._record.start(number)
+            return True
+        self._give_up(number, reason)
+        self._leave(number)
+        return False
+
+    def _give_up(self, number: int, reason: str) -> None:
+        """Ends a trial as failed; the study too, when too many have failed alike."""
+        self._record.fail(number, reason)
+        alike = re.sub(r"0x[0-9a-f]+|\d+", "#", _first_line(reason))
+        self._failures[alike] += 1
+        if self._failures[alike] >= self._spec.faults.same_error_limit:
+            self._record.set_failure(f"{self._failures[alike]} trials failed alike: {reason}")
+            self._tell(f"ending the study: {self._failures[alike]} trials failed alike: {_first_line(reason)}")
+
+    def _leave(self, number: int) -> None:
+        """No supervisor holds the trial any more."""
+        self._due.pop(number, None)
+        self._notes[number].open = self._record.trial(number).ended_at is None
+        self._retain(number)
+
+    def _retain(self, number: int) -> None:
+        """Deletes the checkpoints that nothing needs any more, of this trial and, for the budget, of others."""
+        kept = [
+            Kept(
+                trial=trial,
+                epoch=epoch,
+                num_bytes=num_bytes,
+                open=notes.open,
+                last=epoch == max(notes.kept),
+                value=notes.best if epoch == notes.best_epoch else None,
+            )
+            for trial, notes in self._notes.items()
+            for epoch, num_bytes in notes.kept.items()
+        ]
+        sign = 1.0 if self._objective.mode == "max" else -1.0
+        touched = {number}
+        for trial, epoch in to_delete(kept, sign, int(self._spec.checkpoints.budget_gib * GIB)):
+            del self._notes[trial].kept[epoch]
+            touched.add(trial)
+            # The record first: what it names exists, whenever this process is killed.
+            self._write_kept(trial)
+            self._store.delete(trial, epoch)
+        for trial in touched:
+            self._write_kept(trial)
+
+    def _write_kept(self, number: int) -> None:
+        kept = sorted(self._notes[number].kept.items())
+        self._record.set_checkpoints(number, [{"epoch": epoch, "bytes": num_bytes} for epoch, num_bytes in kept])
+
+    def _refill(self, trials: list[TrialStatus]) -> None:
+        """Takes up a study that goes on: everything is read off the record and the checkpoints that are there."""
+        if self._asha is not None:
+            self._asha.refill(trials)
+        for trial in trials:
+            best = best_report(trial, self._objective)
+            notes = _Notes(open=trial.ended_at is None)
+            if best is not None:
+                notes.best, notes.best_epoch = objective_value(best, self._objective), best.epoch
+            self._notes[trial.number] = notes
+        self._store.sweep()
+        for number in self._store.trials():
+            for epoch in self._store.epochs(number):
+                if number in self._notes:
+                    self._notes[number].kept[epoch] = self._store.num_bytes(number, epoch)
+                else:
+                    self._store.delete(number, epoch)
+
+
+def _asha(spec: StudySpec) -> Asha | None:
+    scheduler = spec.scheduler
+    if scheduler.name != "asha":
+        return None
+    return Asha(
+        scheduler.grace_period,
+        scheduler.reduction_factor,
+        spec.max_epochs,
+        spec.objective.mode == "max",
+        spec.objective.metric,
+    )
+
+
+def _finite(metrics: Mapping[str, float], name: str) -> bool:
+    return math.isfinite(metrics.get(name, 0.0))
+
+
+def _first_line(reason: str) -> str:
+    return reason.splitlines()[0]

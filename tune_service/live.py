@@ -1,0 +1,170 @@
+"""How a study looks to people: a live table in a terminal, one line an event in a log file."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tune_service.record import Record
+from tune_service.status import (
+    BestTrial,
+    ObjectiveStatus,
+    StudyStatus,
+    TrialStatus,
+    best_report,
+    objective_value,
+    ranked,
+)
+
+REFRESH_S = 0.5
+NUM_BEST = 5
+FILE_WIDTH = 140
+_STYLES = {"running": "cyan", "completed": "green", "pruned": "yellow", "failed": "red", "paused": "magenta"}
+
+
+def console(stream: TextIO) -> Console:
+    """A console on `stream`; in a file, which has no width, lines are long."""
+    return Console(file=stream, width=None if stream.isatty() else FILE_WIDTH, highlight=False)
+
+
+class StudyDisplay:
+    """Shows a running study on `console`; in a terminal as a table that stays in place."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._next = 0.0
+        self._began = time.monotonic()
+        self._ended_before: int | None = None
+        self._states: dict[int, str] = {}
+
+    def __enter__(self) -> StudyDisplay:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def tell(self, line: str) -> None:
+        self._print(line, style="yellow")
+
+    def show(self, record: Record) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + REFRESH_S
+        trials = record.trials()
+        ended = [trial for trial in trials if trial.ended_at is not None]
+        if self._ended_before is None:
+            self._ended_before = len(ended)
+            self._states = {trial.number: trial.state for trial in ended}
+        best = next(iter(ranked(ended, record.objective)), None)
+        summary = self._summary(record, trials, len(ended), best)
+        if self._live is not None:
+            rows = max(8, self._console.height - 10)
+            self._live.update(Group(_live_table(record, trials, rows), summary), refresh=True)
+            return
+        for trial in trials:
+            if trial.state != self._states.get(trial.number, "waiting"):
+                self._states[trial.number] = trial.state
+                self._print(_event(trial, record.objective, summary.plain if trial.ended_at else ""))
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        stamp = datetime.now(UTC).strftime("%H:%M:%S")
+        self._console.print(Text(f"{stamp} {line}", style=style or ""), soft_wrap=True)
+
+    def _summary(self, record: Record, trials: list[TrialStatus], num_ended: int, best: BestTrial | None) -> Text:
+        parts = [f"{num_ended} of {record.budget_trials} trials ended"]
+        if best is not None:
+            parts.append(f"best {_number(best.value)} (trial {best.number}, epoch {best.epoch})")
+        if record.baseline is not None and record.objective.metric == "eval_accuracy":
+            parts.append(f"majority class {_number(record.baseline)}")
+        here = num_ended - (self._ended_before or 0)
+        if here:
+            left_s = (time.monotonic() - self._began) / here * (record.budget_trials - num_ended)
+            parts.append(f"about {_duration(left_s)} left")
+        return Text(" | ".join(parts))
+
+
+def study_table(status: StudyStatus, max_rows: int | None = None) -> Table:
+    """The trials of a study, for `status` and at the end of `run`: the best first when there is not room for all."""
+    trials: list[TrialStatus] = list(status.trials)
+    if max_rows is not None and len(trials) > max_rows:
+        order = [best.number for best in ranked(trials, status.objective)]
+        chosen = order[:max_rows] + [trial.number for trial in trials if trial.number not in order]
+        trials = [trials[number] for number in sorted(chosen[:max_rows])]
+    best = status.best.number if status.best else None
+    return _table(status.objective, trials, best, len(status.trials) - len(trials))
+
+
+def _live_table(record: Record, trials: list[TrialStatus], rows: int) -> Table:
+    """What runs, the best, and the newest of the others, as far as there is room."""
+    leaders = [best.number for best in ranked(trials, record.objective)]
+    running = [trial.number for trial in trials if trial.state == "running"]
+    newest = [trial.number for trial in reversed(trials)]
+    chosen = list(dict.fromkeys([*running, *leaders[:NUM_BEST], *newest]))[:rows]
+    shown = [trials[number] for number in sorted(chosen)]
+    return _table(record.objective, shown, leaders[0] if leaders else None, len(trials) - len(shown))
+
+
+def _table(objective: ObjectiveStatus, trials: list[TrialStatus], best: int | None, hidden: int) -> Table:
+    caption = f"and {hidden} more trials" if hidden else None
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
+    table.add_column("trial", justify="right")
+    table.add_column("state")
+    table.add_column("epoch", justify="right")
+    table.add_column("last", justify="right")
+    table.add_column(f"best {objective.metric}", justify="right")
+    table.add_column("params", overflow="fold", ratio=1)
+    table.add_column("reason", overflow="ellipsis", no_wrap=True, max_width=40)
+    for trial in trials:
+        last = trial.reports[-1] if trial.reports else None
+        top = best_report(trial, objective)
+        table.add_row(
+            f"{'*' if trial.number == best else ''}{trial.number}",
+            Text(trial.state, style=_STYLES.get(trial.state, "")),
+            str(last.epoch) if last else "-",
+            _number(objective_value(last, objective) if last else None),
+            _number(objective_value(top, objective) if top else None),
+            ", ".join(f"{name.removeprefix('model.config.')}={_short(value)}" for name, value in trial.params.items()),
+            Text((trial.reason or "").partition("\n")[0]),
+        )
+    return table
+
+
+def best_line(status: StudyStatus) -> str:
+    if status.best is None:
+        return "no best trial: none has ended with a finite value and a whole checkpoint"
+    best = status.best
+    params = ", ".join(f"{name}={_short(value)}" for name, value in best.params.items())
+    return f"best trial {best.number}, epoch {best.epoch}: {status.objective.metric} {_number(best.value)} with {params}"
+
+
+def _event(trial: TrialStatus, objective: ObjectiveStatus, summary: str) -> str:
+    top = best_report(trial, objective)
+    value = f", {objective.metric} {_number(objective_value(top, objective))}" if top else ""
+    reason = f": {trial.reason.partition(chr(10))[0]}" if trial.reason else ""
+    epochs = f" after epoch {trial.reports[-1].epoch}" if trial.reports else ""
+    return f"trial {trial.number} {trial.state}{epochs}{value}{reason}{' | ' if summary else ''}{summary}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,359 @@
+"""The one record of a study: an Optuna study in a journal file. Everything else is a view of it.
+
+Optuna's trial states serve as they are. A trial that has a number but no end is RUNNING under a driver, and WAITING
+when it waits to be started or, stopped with the study, to go on: `study.ask` hands waiting trials out first. Only the
+driver writes, but for the request to stop.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from trainables.checkpoint import finite_or_none, verify
+from trainables.errors import Problem
+from tune_service.errors import StorageError
+from tune_service.status import (
+    BestTrial,
+    CheckpointStatus,
+    EpochReport,
+    ObjectiveStatus,
+    StudyState,
+    StudyStatus,
+    TrialState,
+    TrialStatus,
+    best_report,
+    best_trial,
+)
+from tune_service.storage import StudyFolder
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+FORMAT = 1
+"""Raised whenever an older reader would misread what a newer writer wrote."""
+_REPORT = "report:"
+_STATES: dict[OptunaState, TrialState] = {
+    OptunaState.COMPLETE: "completed",
+    OptunaState.PRUNED: "pruned",
+    OptunaState.FAIL: "failed",
+}
+
+
+@dataclass(frozen=True)
+class AskedTrial:
+    """A trial that may start, or go on."""
+
+    number: int
+    params: dict[str, Any]
+
+
+class Record:
+    """Reads and writes the record of one study."""
+
+    def __init__(self, folder: StudyFolder, study: optuna.Study, storage: optuna.storages.BaseStorage) -> None:
+        self.folder = folder
+        self._study = study
+        self._storage = storage
+        self.objective = ObjectiveStatus(**study.user_attrs["spec"]["objective"])
+
+    @staticmethod
+    def create(folder: StudyFolder, spec: Mapping[str, Any], sampler: BaseSampler) -> Record:
+        """A new record. `spec` holds at least `objective`, `search_space` and `budget`, and is kept as it is."""
+        storage = _storage(folder)
+        direction = "maximize" if spec["objective"]["mode"] == "max" else "minimize"
+        study = optuna.create_study(storage=storage, sampler=sampler, study_name=folder.name, direction=direction)
+        study.set_user_attr("format", FORMAT)
+        study.set_user_attr("created_at", _now())
+        study.set_user_attr("spec", dict(spec))
+        study.set_user_attr("budget_trials", spec["budget"]["trials"])
+        return Record(folder, study, storage)
+
+    @staticmethod
+    def open(folder: StudyFolder, sampler: BaseSampler | None = None) -> Record:
+        """The record of an existing study; with `sampler`, to drive it. StorageError when it cannot be read."""
+        if sampler is not None:
+            _trim(folder.journal)
+        try:
+            storage = _storage(folder)
+            study = optuna.load_study(study_name=folder.name, storage=storage, sampler=sampler)
+            version = study.user_attrs["format"]
+        except (OSError, ValueError, KeyError) as error:
+            found = f"{folder.journal}: {type(error).__name__}: {error}"
+            raise StorageError(Problem(folder.name, "has a record that can be read", found, "a whole record")) from error
+        if version > FORMAT:
+            found = f"a record of format {version}"
+            raise StorageError(Problem(folder.name, f"has a record of format {FORMAT}", found, "a newer tune-service"))
+        return Record(folder, study, storage)
+
+    # What the driver writes
+
+    def ask(
+        self, distributions: dict[str, BaseDistribution], plan: Callable[[int], Mapping[str, Any] | None]
+    ) -> AskedTrial | None:
+        """The next trial: one that waits, else a new one while the budget lasts.
+
+        `plan(number)` gives values for a new trial, which the sampler completes; None ends the study.
+        """
+        trials = self._trials()
+        if not any(trial.state == OptunaState.WAITING for trial in trials):
+            values = plan(len(trials)) if len(trials) < self.budget_trials else None
+            if values is None:
+                return None
+            self._study.enqueue_trial(dict(values))
+        trial = self._study.ask(distributions)
+        return AskedTrial(trial.number, trial.params)
+
+    def start(self, number: int) -> None:
+        """A trial begins, or begins again."""
+        trial = self._trial(number)
+        if "started_at" in trial.user_attrs:
+            self._set(trial, "restarts", trial.user_attrs.get("restarts", 0) + 1)
+        else:
+            self._set(trial, "started_at", _now())
+        if trial.user_attrs.get("reason") is not None:
+            self._set(trial, "reason", None)
+
+    def report(self, number: int, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """Adds an epoch's report. False when the record has that epoch already: a restart repeats at most one."""
+        trial = self._trial(number)
+        if _REPORT + str(epoch) in trial.user_attrs:
+            return False
+        value = metrics.get(self.objective.metric, math.nan)
+        self._set(trial, _REPORT + str(epoch), {"metrics": finite_or_none(metrics), "at": _now()})
+        self._storage.set_trial_intermediate_value(trial._trial_id, epoch, float(value))
+        return True
+
+    def set_checkpoints(self, number: int, checkpoints: list[dict[str, int]]) -> None:
+        """The checkpoints that the trial has now: `{"epoch", "bytes"}` each."""
+        trial = self._trial(number)
+        if trial.user_attrs.get("checkpoints", []) != checkpoints:
+            self._set(trial, "checkpoints", checkpoints)
+
+    def complete(self, number: int) -> None:
+        """A trial ran to its end. It counts for the sampler with its best epoch's value."""
+        best = best_report(self.trial(number), self.objective)
+        if best is None:
+            return self.fail(number, f"no finite {self.objective.metric} was reported")
+        self._end(number, OptunaState.COMPLETE, None, float(best.metrics[self.objective.metric] or 0.0))
+
+    def prune(self, number: int, reason: str, diverged: bool = False) -> None:
+        """A trial was stopped early. A diverged one is the worst of all for the sampler, whatever it reported."""
+        if diverged:
+            self._set(self._trial(number), "diverged", True)
+        self._end(number, OptunaState.PRUNED, reason, None)
+
+    def fail(self, number: int, reason: str) -> None:
+        """A trial crashed for good."""
+        self._end(number, OptunaState.FAIL, reason, None)
+
+    def pause_all(self, reason: str) -> None:
+        """Puts every trial without an end back in line, to go on from its last checkpoint when the study does."""
+        for trial in self._trials():
+            if trial.state == OptunaState.RUNNING:
+                if "started_at" in trial.user_attrs:
+                    self._set(trial, "reason", reason)
+                self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
+
+    def request_stop(self, now: bool) -> None:
+        """Asks the driver to end; the one thing that others than the driver write."""
+        self._study.set_user_attr("stop", {"at": _now(), "now": now})
+
+    def clear_stop(self) -> None:
+        if self.stop_request is not None:
+            self._study.set_user_attr("stop", None)
+
+    def set_budget(self, trials: int) -> None:
+        self._study.set_user_attr("budget_trials", trials)
+
+    def set_failure(self, reason: str | None) -> None:
+        """Why the study ended as a whole, before its budget."""
+        if self.failure != reason:
+            self._study.set_user_attr("failure", reason)
+
+    def set_baseline(self, value: float | None) -> None:
+        self._study.set_user_attr("baseline", value)
+
+    # What it says
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return dict(self._study.user_attrs["spec"])
+
+    @property
+    def budget_trials(self) -> int:
+        return int(self._study.user_attrs["budget_trials"])
+
+    @property
+    def stop_request(self) -> dict[str, Any] | None:
+        """`{"at", "now"}` of a stop that no resume has taken back."""
+        found: dict[str, Any] | None = self._study.user_attrs.get("stop")
+        return found
+
+    @property
+    def failure(self) -> str | None:
+        found: str | None = self._study.user_attrs.get("failure")
+        return found
+
+    @property
+    def baseline(self) -> float | None:
+        """Accuracy of always answering the commonest class of the validation split; None where it means nothing."""
+        found: float | None = self._study.user_attrs.get("baseline")
+        return found
+
+    def trials(self) -> list[TrialStatus]:
+        alive = self.folder.driver_is_alive()
+        return [self._status(trial, alive) for trial in self._trials()]
+
+    def trial(self, number: int) -> TrialStatus:
+        return self._status(self._trial(number), True)
+
+    def best(self, trials: list[TrialStatus] | None = None, deep: bool = False) -> BestTrial | None:
+        """The best trial whose checkpoint is whole: by file sizes, or `deep`, by sha256."""
+        by_number = {trial.number: trial for trial in (self.trials() if trials is None else trials)}
+
+        def usable(best: BestTrial) -> bool:
+            return not self._saves(best.number) or verify(self.folder.checkpoints.folder(best.number, best.epoch), deep)
+
+        return best_trial(list(by_number.values()), self.objective, usable)
+
+    def status(self, deep: bool = False) -> StudyStatus:
+        trials = self.trials()
+        return StudyStatus(
+            study=self.folder.name,
+            state=self._state(trials),
+            objective=self.objective,
+            trials=tuple(trials),
+            best=self.best(trials, deep),
+        )
+
+    def _state(self, trials: list[TrialStatus]) -> StudyState:
+        if self.folder.driver_is_alive():
+            return "running"
+        if self.failure is not None:
+            return "failed"
+        ended = [trial for trial in trials if trial.state in _STATES.values()]
+        done = len(ended) == len(trials) and (len(trials) >= self.budget_trials or self._exhausted)
+        if not done:
+            return "stopped" if self.stop_request is not None else "interrupted"
+        return "failed" if all(trial.state == "failed" for trial in trials) else "completed"
+
+    @property
+    def _exhausted(self) -> bool:
+        return bool(self._study.user_attrs.get("exhausted", False))
+
+    def set_exhausted(self) -> None:
+        """A grid came to its last point before the budget did."""
+        if not self._exhausted:
+            self._study.set_user_attr("exhausted", True)
+
+    def _saves(self, number: int) -> bool:
+        return bool(self._trial(number).user_attrs.get("saves", False))
+
+    def set_saves(self, number: int) -> None:
+        """The trial's reports come with checkpoints, so that a missing one is a loss."""
+        trial = self._trial(number)
+        if not trial.user_attrs.get("saves", False):
+            self._set(trial, "saves", True)
+
+    def _status(self, trial: FrozenTrial, alive: bool) -> TrialStatus:
+        attrs = trial.user_attrs
+        reports = sorted(
+            (
+                EpochReport(epoch=int(name.removeprefix(_REPORT)), metrics=entry["metrics"])
+                for name, entry in attrs.items()
+                if name.startswith(_REPORT)
+            ),
+            key=lambda report: report.epoch,
+        )
+        started = "started_at" in attrs
+        open_state: TrialState = "waiting" if not started else "paused"
+        if trial.state == OptunaState.RUNNING and started and alive:
+            open_state = "running"
+        reason = attrs.get("reason")
+        if open_state == "paused" and trial.state == OptunaState.RUNNING:
+            reason = "interrupted: the driver is gone"
+        status = TrialStatus(
+            number=trial.number,
+            state=_STATES.get(trial.state, open_state),
+            reason=reason,
+            params=trial.params or trial.system_attrs.get("fixed_params", {}),
+            reports=tuple(reports),
+            restarts=attrs.get("restarts", 0),
+            started_at=attrs.get("started_at"),
+            ended_at=attrs.get("ended_at"),
+        )
+        return status.model_copy(update={"checkpoint": self._checkpoint(status, attrs.get("checkpoints", []))})
+
+    def _checkpoint(self, trial: TrialStatus, kept: list[dict[str, int]]) -> CheckpointStatus | None:
+        if not kept:
+            return None
+        best = best_report(trial, self.objective) if trial.ended_at else None
+        shown = next((entry for entry in kept if best is not None and entry["epoch"] == best.epoch), kept[-1])
+        path = self.folder.checkpoints.folder(trial.number, shown["epoch"])
+        return CheckpointStatus(epoch=shown["epoch"], bytes=shown["bytes"], path=str(path))
+
+    def _end(self, number: int, state: OptunaState, reason: str | None, value: float | None) -> None:
+        trial = self._trial(number)
+        if trial.user_attrs.get("reason") != reason:
+            self._set(trial, "reason", reason)
+        self._set(trial, "ended_at", _now())
+        self._study.tell(number, value, state=state)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _trial(self, number: int) -> FrozenTrial:
+        return self._trials()[number]
+
+    def _set(self, trial: FrozenTrial, name: str, value: Any) -> None:
+        self._storage.set_trial_user_attr(trial._trial_id, name, value)
+
+
+class _KernelLock(JournalFileOpenLock):
+    """A lock that the kernel releases when its holder is killed; Optuna's own then cost the next opener 30 s."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._descriptor = -1
+
+    def acquire(self) -> bool:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+
+def _storage(folder: StudyFolder) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal), _KernelLock(folder.journal_lock)))
+
+
+def _trim(journal: Path) -> None:
+    """Cuts off a last line that a killed writer left unfinished: anything appended to it would be unreadable."""
+    with journal.open("r+b") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            print(f"{journal}: cut off {len(content) - whole} bytes of an unfinished line", file=sys.stderr)
+            file.truncate(whole)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,103 @@
+"""What a study looks like from outside: the contract's JSON, as types. Read off the record, never stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+StudyState = Literal["running", "completed", "stopped", "failed", "interrupted"]
+TrialState = Literal["waiting", "running", "paused", "completed", "pruned", "failed"]
+
+
+class _Status(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ObjectiveStatus(_Status):
+    metric: str
+    mode: Literal["max", "min"]
+
+    def better(self, value: float, than: float) -> bool:
+        return value > than if self.mode == "max" else value < than
+
+
+class EpochReport(_Status):
+    epoch: int
+    metrics: dict[str, float | None]
+    """None where the number was not finite."""
+
+
+class CheckpointStatus(_Status):
+    epoch: int
+    bytes: int
+    path: str
+
+
+class TrialStatus(_Status):
+    number: int
+    state: TrialState
+    reason: str | None = None
+    """Why the trial ended early; None for a trial that did not."""
+    params: dict[str, Any]
+    reports: tuple[EpochReport, ...] = ()
+    checkpoint: CheckpointStatus | None = None
+    """Of its best epoch once the trial has ended, else of its last; None when there is none."""
+    restarts: int = 0
+    started_at: str | None = None
+    ended_at: str | None = None
+
+
+class BestTrial(_Status):
+    number: int
+    epoch: int
+    value: float
+    params: dict[str, Any]
+
+
+class StudyStatus(_Status):
+    study: str
+    state: StudyState
+    objective: ObjectiveStatus
+    trials: tuple[TrialStatus, ...]
+    best: BestTrial | None
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def best_report(trial: TrialStatus, objective: ObjectiveStatus) -> EpochReport | None:
+    """The report with the best finite objective; the earliest of equals. None when there is none."""
+    best: EpochReport | None = None
+    for report in trial.reports:
+        value = objective_value(report, objective)
+        if value is not None and (best is None or objective.better(value, objective_value(best, objective) or 0.0)):
+            best = report
+    return best
+
+
+def objective_value(report: EpochReport, objective: ObjectiveStatus) -> float | None:
+    value = report.metrics.get(objective.metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def ranked(trials: Iterable[TrialStatus], objective: ObjectiveStatus) -> list[BestTrial]:
+    """Completed and pruned trials with a finite value, best first; ties by number."""
+    found = []
+    for trial in trials:
+        report = best_report(trial, objective) if trial.state in ("completed", "pruned") else None
+        if report is not None:
+            value = objective_value(report, objective)
+            assert value is not None
+            found.append(BestTrial(number=trial.number, epoch=report.epoch, value=value, params=trial.params))
+    sign = -1.0 if objective.mode == "max" else 1.0
+    return sorted(found, key=lambda best: (sign * best.value, best.number))
+
+
+def best_trial(
+    trials: Sequence[TrialStatus], objective: ObjectiveStatus, usable: Callable[[BestTrial], bool]
+) -> BestTrial | None:
+    """The best trial that is `usable`: its checkpoint, where it ever had one, still verifies."""
+    return next((best for best in ranked(trials, objective) if usable(best)), None)

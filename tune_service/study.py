@@ -1,0 +1,151 @@
+"""One study from spec to result: the figure of the README, as code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from signal import SIGTERM, Signals, getsignal, signal
+from types import FrameType
+from typing import Protocol
+
+from trainables.errors import Problem
+from tune_service.check import baseline, problems_of, run_checks
+from tune_service.errors import CommandError, SpecError, StudyRunningError
+from tune_service.local_ray import prepare_environment
+from tune_service.machine import fit, this_machine
+from tune_service.record import Record
+from tune_service.spec import StudySpec, parse_spec
+from tune_service.status import StudyStatus
+from tune_service.storage import Storage, StudyFolder, remove
+
+STOP_PATIENCE_S = 3600.0
+
+
+class Display(Protocol):
+    """Shows people how a study goes."""
+
+    def tell(self, line: str) -> None:
+        """One event worth a line."""
+
+    def show(self, record: Record) -> None:
+        """The state of things, called several times a second."""
+
+
+def run_study(spec: StudySpec, storage: Storage, display: Display) -> StudyStatus:
+    """Checks everything, then runs a new study to its end. SpecError with all that is wrong, before anything is written."""
+    from tune_service.searcher import StudySampler
+
+    problems = problems_of(run_checks(spec, storage, this_machine()))
+    if problems:
+        raise SpecError(problems)
+    folder = storage.create(spec.name)
+    with folder.driving():
+        sampler = StudySampler(spec.sampler.name, spec.sampler.seed, _direction(spec))
+        record = Record.create(folder, spec.to_mapping() | {"folder": str(spec.folder)}, sampler)
+        record.set_baseline(baseline(spec))
+        _drive(spec, folder, record, display)
+    return Record.open(folder).status()
+
+
+def resume_study(name: str, trials: str | None, storage: Storage, display: Display) -> StudyStatus:
+    """Goes on with a study that was stopped or cut off; `trials` adds to its budget (`+20`) or sets it (`80`)."""
+    from tune_service.searcher import StudySampler
+
+    folder = storage.study(name)
+    with folder.driving():
+        spec = stored_spec(Record.open(folder))
+        problems = problems_of(run_checks(spec, storage, this_machine()))
+        if problems:
+            raise SpecError(problems)
+        record = Record.open(folder, StudySampler(spec.sampler.name, spec.sampler.seed, _direction(spec)))
+        if trials is not None:
+            record.set_budget(_budget(trials, record))
+        record.clear_stop()
+        record.set_failure(None)
+        record.pause_all("interrupted: the driver was gone")
+        _drive(spec, folder, record, display)
+    return Record.open(folder).status()
+
+
+def stop_study(name: str, now: bool, storage: Storage) -> StudyStatus:
+    """Asks the driver to end, and waits until it has."""
+    folder = storage.study(name)
+    record = Record.open(folder)
+    if record.status().state in ("running", "interrupted"):
+        record.request_stop(now)
+    end = time.monotonic() + STOP_PATIENCE_S
+    while folder.driver_is_alive():
+        if time.monotonic() > end:
+            found = f"it is still running after {STOP_PATIENCE_S:.0f} s"
+            raise CommandError(Problem(name, "a study ends when it is asked to", found, "stop --now"))
+        time.sleep(0.1)
+    return Record.open(folder).status()
+
+
+def delete_study(name: str, storage: Storage) -> int:
+    """Removes a study whole. Returns its size in bytes. StudyRunningError while it runs."""
+    folder = storage.study(name)
+    if folder.driver_is_alive():
+        found = f"{name} is running"
+        raise StudyRunningError(Problem("STUDY", "a running study is not deleted", found, f"`tune-service stop {name}`"))
+    return remove(folder)
+
+
+def stored_spec(record: Record) -> StudySpec:
+    """The spec that a study was made from."""
+    stored = record.spec
+    return parse_spec({key: value for key, value in stored.items() if key != "folder"}, stored["folder"], here=False)
+
+
+def _drive(spec: StudySpec, folder: StudyFolder, record: Record, display: Display) -> None:
+    """Runs trials until there are no more. However it ends, no trial is left as if it still ran."""
+    from tune_service.driver import USER_STOP, Driver
+
+    machine = this_machine()
+    concurrent = fit(spec.resources, machine, spec.budget.concurrent_trials)
+    prepare_environment(concurrent)
+    from tune_service.tuner import run_trials  # imports Ray, which reads the environment then
+
+    driver = Driver(spec, record, display.tell)
+    reason = USER_STOP
+    try:
+        with _terminate_as_interrupt():
+            run_trials(spec, folder, driver, machine, concurrent, lambda: display.show(record))
+        if record.failure is not None:
+            reason = "the study failed"
+    except BaseException as error:
+        reason = f"interrupted: {type(error).__name__}"
+        raise
+    finally:
+        record.pause_all(reason)
+        display.show(record)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(Signals(number).name)
+
+    before = getsignal(SIGTERM)
+    signal(SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal(SIGTERM, before)
+
+
+def _direction(spec: StudySpec) -> str:
+    return "maximize" if spec.objective.mode == "max" else "minimize"
+
+
+def _budget(trials: str, record: Record) -> int:
+    """The new budget: `+20` on top of the old one, or `80` in all."""
+    number = trials.removeprefix("+")
+    if not number.isdecimal() or int(number) == 0:
+        raise SpecError(Problem("--trials", "adds to the budget (+20) or sets it (80)", repr(trials), "+20"))
+    return int(number) + (record.budget_trials if trials.startswith("+") else 0)
+
+

@@ -1,0 +1,199 @@
+"""The bridge to Ray Tune: hands it trials, passes its events to the driver, does what the driver says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from trainables.trial import GroupShape, TrialSupervisor
+from trainables.worker import Task
+from tune_service.driver import Driver
+from tune_service.local_ray import local_ray
+from tune_service.machine import Machine
+from tune_service.record import AskedTrial
+from tune_service.spec import StudySpec
+from tune_service.storage import StudyFolder
+
+
+def run_trials(
+    spec: StudySpec, folder: StudyFolder, driver: Driver, machine: Machine, concurrent: int, tick: Callable[[], None]
+) -> None:
+    """Runs the study's trials on this machine until the driver has no more. `tick` is called several times a second."""
+    resources = spec.resources
+    bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        bundle["GPU"] = resources.gpus_per_worker
+    # The empty first bundle is the supervisor's, which costs nothing; Tune leaves it out of the placement group.
+    bundles = tune.PlacementGroupFactory([{}] + [dict(bundle) for _ in range(resources.workers)])
+    with local_ray(machine.cpus, machine.gpus, namespace=spec.name) as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(TrialSupervisor, bundles),
+            tune_config=tune.TuneConfig(
+                search_alg=_StudySearcher(driver, lambda asked, slot: trial_config(spec, folder, asked, slot), concurrent),
+                scheduler=_StudyScheduler(driver, concurrent),
+                num_samples=-1,  # the driver counts
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=spec.name,
+                storage_path=str(scratch / "tune"),
+                callbacks=[_Hooks(driver, tick)],
+                stop=_StudyStopper(driver),
+                failure_config=tune.FailureConfig(max_failures=spec.faults.restarts_per_trial),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # checkpoints are the supervisor's
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+
+
+def trial_config(spec: StudySpec, folder: StudyFolder, asked: AskedTrial, slot: int) -> dict[str, Any]:
+    """What the supervisor is told, as plain values."""
+    settings = spec.trial_settings().with_params(asked.params).model_dump(mode="json") if spec.is_finetune else {}
+    task = Task(
+        number=asked.number,
+        trainable=spec.trainable,
+        params=spec.training_values | asked.params,
+        seed=spec.seed,
+        max_epochs=spec.max_epochs,
+        logs=str(folder.logs),
+        checkpoints=str(folder.checkpoints.root),
+        settings=settings,
+        import_path=str(spec.folder),
+    )
+    resources = spec.resources
+    shape = GroupShape(
+        name=f"{spec.name} slot {slot}",
+        workers=resources.workers,
+        cpus_per_worker=resources.cpus_per_worker,
+        gpus_per_worker=resources.gpus_per_worker,
+        step_timeout_s=spec.faults.step_timeout_s,
+    )
+    return {"task": asdict(task), "group": asdict(shape)}
+
+
+class _NotKept:
+    """Tune pickles its parts beside its results, to restore them; a study goes on from its record instead."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+    def __deepcopy__(self, memo: object) -> _NotKept:
+        return self
+
+    def __copy__(self) -> _NotKept:
+        return self
+
+
+class _StudySearcher(_NotKept, Searcher):  # type: ignore[misc]  # Ray has no types
+    """Hands Tune one trial after the other, at most `concurrent` at a time."""
+
+    def __init__(self, driver: Driver, config_of: Callable[[AskedTrial, int], dict[str, Any]], concurrent: int) -> None:
+        super().__init__()
+        self._driver = driver
+        self._config_of = config_of
+        self._slots: dict[int, str | None] = dict.fromkeys(range(concurrent))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        slot = next((slot for slot, holder in self._slots.items() if holder is None), None)
+        if slot is None:
+            return None  # Tune asks again
+        asked = self._driver.ask()
+        if asked is None:
+            return str(Searcher.FINISHED)
+        self._slots[slot] = trial_id
+        return self._config_of(asked, slot)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Frees the slot. What the trial came to is in the record already."""
+        self._slots = {slot: None if holder == trial_id else holder for slot, holder in self._slots.items()}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the record has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a study goes on from its record, never from Tune's state."""
+
+
+class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
+    """Passes every result to the driver."""
+
+    def __init__(self, driver: Driver, concurrent: int) -> None:
+        super().__init__()
+        self._driver = driver
+        self._concurrent = concurrent
+        self._cache_is_wide = False
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if not self._cache_is_wide:
+            # Tune keeps one idle actor. When two trials end together, the second one's warm worker group would be
+            # ended, and started again seconds later. There is no public setting for this.
+            tune_controller._actor_cache.increase_max(trial.placement_group_factory, self._concurrent)
+            self._cache_is_wide = True
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return str(TrialScheduler.CONTINUE if self._driver.result(result) else TrialScheduler.STOP)
+
+
+class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
+    """Tune's other events."""
+
+    def __init__(self, driver: Driver, tick: Callable[[], None]) -> None:
+        self._driver = driver
+        self._tick = tick
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._driver.started(_number(trial))
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._driver.supervisor_lost(_number(trial), _error_line(trial), final=False)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._driver.supervisor_lost(_number(trial), _error_line(trial), final=True)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        for number in self._driver.poll():
+            for trial in trials:
+                actor = trial.temporary_state.ray_actor
+                if _number(trial) == number and actor is not None:
+                    ray.kill(actor)  # Tune then sees it fail, which it does not when the process is only silent
+        self._tick()
+
+
+class _StudyStopper(_NotKept, tune.Stopper):  # type: ignore[misc]
+    """Ends everything at once when the driver says so."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._driver.stopping_now
+
+
+def _number(trial: Trial) -> int:
+    return int(trial.config["task"]["number"])
+
+
+def _error_line(trial: Trial) -> str:
+    """What Ray says of a supervisor's end, on one line."""
+    path = trial.error_file
+    lines = Path(path).read_text(errors="replace").splitlines() if path else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no word of why")
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"trial-{_number(trial):05d}"
