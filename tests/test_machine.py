@@ -123,6 +123,7 @@ def resources(workers: int = 1, gpus: float = 0.0, cpus: float = 1.0) -> Resourc
         (resources(workers=3), 8, 0, None, 2),
         (resources(cpus=0.5), 2, 0, None, 4),
         (resources(cpus=0.1), 1, 0, None, 10),
+        (resources(workers=3, cpus=0.1), 3, 0, None, 10),
         (resources(gpus=1), 8, 2, None, 2),
         (resources(workers=2, gpus=1), 8, 4, None, 2),
         (resources(gpus=2), 8, 4, None, 2),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search_spaces import domains
 
-from search_spaces import Choice, IntUniform, LogUniform, Uniform
+from search_spaces import Choice, Domain, IntUniform, LogUniform, Uniform
 from search_spaces.domains import SearchSpace
 from trainables.config import TrainingConfig
 from trainables.errors import Problem
@@ -424,6 +424,11 @@ def test_set_finds_the_longest_name_that_is_there(tmp_path: Path) -> None:
     assert load_spec(path, ["training.a.b.c=2"]).training_values["a.b"] == {"c": 2}
 
 
+def test_set_changes_no_other_place_that_a_yaml_anchor_put_the_same_mapping_in(tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump(OWN) + "training: {a: &same {k: 1}, b: *same}\n")
+    assert load_spec(path, ["training.a.k=2"]).training_values["b"] == {"k": 1}
+
+
 def test_a_fault_that_set_brings_has_the_option_as_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump(FINETUNE))
     overrides = ["training.batch_size=x", "training.learning_rate", "search_space.a=1", "name=[", "budget={trials: 0}"]
@@ -566,7 +571,8 @@ def test_a_spec_that_is_written_loads_to_an_equal_spec(
 
 
 def test_domains_may_be_given_as_objects() -> None:
-    space = {"learning_rate": LogUniform(1e-5, 1e-4), "batch_size": Choice((8, 16)), "max_length": IntUniform(64, 128)}
+    space: dict[str, Domain] = {"learning_rate": LogUniform(1e-5, 1e-4), "batch_size": Choice((8, 16))}
+    space["max_length"] = IntUniform(64, 128)
     as_text = {name: domain.to_mapping() for name, domain in space.items()}
     assert parse_spec(FINETUNE | {"search_space": space}) == parse_spec(FINETUNE | {"search_space": as_text})
     assert parse_spec(FINETUNE | {"training": TrainingConfig(seed=7)}).seed == 7

@@ -87,7 +87,7 @@ def visible_gpus(cuda_visible_devices: str | None, listing: str) -> int:
 
 def _cpu_problems(resources: ResourcesSpec, machine: Machine) -> Iterator[Problem]:
     workers, each = resources.workers, resources.cpus_per_worker
-    if workers * each <= machine.cpus:
+    if _floor(machine.cpus / (workers * each)):
         return
     rule = f"one trial fits on the machine ({_offer(machine)})"
     found = f"{workers} workers with cpus_per_worker {each:g}: {workers * each:g} CPUs"
@@ -118,7 +118,7 @@ def _offer(machine: Machine) -> str:
 
 
 def _floor(value: float) -> int:
-    return math.floor(value + 1e-9)  # 1 / 0.05 must not come out as 19 by rounding
+    return math.floor(value + 1e-9)  # 3 CPUs hold 10 trials of 3 workers with 0.1 each, not 9.999999999999998
 
 
 def _nvidia_smi() -> str:
