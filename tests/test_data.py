@@ -61,12 +61,14 @@ def problems_of(config: DataConfig) -> list[Problem]:
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
-def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+def test_every_format_gives_the_same_rows_even_where_texts_look_like_numbers_or_dates(
+    tmp_path: Path, suffix: str
+) -> None:
     for split in ("train", "validation"):
-        write(tmp_path, split, suffix, one=["how", "2020-01-01"], two=["12", "are"], label=[1, 0])
+        write(tmp_path, split, suffix, one=["2020-01-02", "2020-01-01"], two=["12", "7.0"], label=[1, 0])
     data = read_texts(own(tmp_path, "one", "two"))
     assert list(data.splits) == ["train", "validation"]
-    assert data.splits["train"].texts == [("how", "12"), ("2020-01-01", "are")]
+    assert data.splits["train"].texts == [("2020-01-02", "12"), ("2020-01-01", "7.0")]
     assert data.splits["train"].labels.tolist() == [1, 0]
     assert data.splits["train"].labels.dtype == np.int64
 

@@ -110,6 +110,15 @@ def test_stsb_metrics_by_hand() -> None:
     assert values == pytest.approx({"eval_loss": 3.0, "eval_pearson": 0.5, "eval_spearman": 0.5})
 
 
+def test_spearman_sees_the_order_and_pearson_the_distances() -> None:
+    values = eval_metrics("stsb", np.array([[1.0], [10.0], [1000.0]]), np.array([0.0, 1.0, 5.0]))
+    assert values["eval_spearman"] == pytest.approx(1.0)
+    assert values["eval_pearson"] < 0.99
+    values = eval_metrics("stsb", np.array([[0.0], [1.0], [2.0]]), np.array([0.0, 0.1, 5.0]))
+    assert values["eval_spearman"] == pytest.approx(1.0)
+    assert values["eval_pearson"] < 0.99
+
+
 def test_spearman_gives_ties_their_mean_rank() -> None:
     # Ranks (1.5, 1.5, 3) against (1, 2, 3): covariance 1.5, variances 1.5 and 2.
     values = eval_metrics("stsb", np.array([[1.0], [1.0], [9.0]]), np.array([0.0, 1.0, 2.0]))

@@ -88,10 +88,13 @@ def opened(
 
 
 def saved(family: str, make: MakeFolder, target: Path) -> Path:
-    """A folder as someone else's pretrained model: body and head, the tokenizer as it was."""
+    """A model of someone else's: no rows for our tokens, and the end of a text as padding, or none."""
     folder = make(family)
-    network, _ = opened(scratch(folder))
-    network.save_pretrained(target)
+    network, tokenizer = opened(scratch(folder))
+    config = network.config
+    config.vocab_size = len(AutoTokenizer.from_pretrained(folder))
+    config.pad_token_id = {"gpt2": None, "bert": tokenizer.pad_token_id, "llama": tokenizer.eos_token_id}[family]
+    type(network)(config).save_pretrained(target)
     FILES[family](target)
     return target
 
@@ -257,15 +260,15 @@ def test_a_saved_model_comes_back_with_equal_logits_and_its_tokenizer(
     assert len(reopened) == len(tokenizer)
 
 
-def test_rows_for_new_tokens_are_the_mean_of_the_old_ones(tokenizer_folder: MakeFolder, tmp_path: Path) -> None:
-    folder = saved("llama", tokenizer_folder, tmp_path)
-    before, tokenizer = opened(ModelConfig(name=str(folder)))  # padding and separator have rows: it was saved by us
-    (folder / "tokenizer_config.json").unlink()
-    tokenizer.add_tokens(["grapes", "honey"])
-    tokenizer.save_pretrained(folder)
-    after, _ = opened(ModelConfig(name=str(folder)))
-    old, new = before.get_input_embeddings().weight, after.get_input_embeddings().weight
-    assert len(new) == len(old) + 2 == after.config.vocab_size
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rows_for_new_tokens_are_the_mean_of_the_old_ones(
+    family: str, tokenizer_folder: MakeFolder, tmp_path: Path
+) -> None:
+    folder = saved(family, tokenizer_folder, tmp_path)
+    old = AutoModelForSequenceClassification.from_pretrained(folder).get_input_embeddings().weight
+    network, tokenizer = opened(ModelConfig(name=str(folder)))
+    new = network.get_input_embeddings().weight
+    assert len(new) == len(old) + 2 == len(tokenizer) == network.config.vocab_size
     assert torch.equal(new[: len(old)], old)
     torch.testing.assert_close(new[len(old) :], old.mean(dim=0).expand(2, -1))
 
@@ -278,8 +281,8 @@ def test_embeddings_never_shrink(tokenizer_folder: MakeFolder, tmp_path: Path) -
     assert network.get_input_embeddings().num_embeddings == 5 + len(WORDS)
 
 
-def test_the_old_padding_token_is_trained_once_it_is_a_real_one(tokenizer_folder: MakeFolder) -> None:
-    network, tokenizer = opened(scratch(tokenizer_folder("llama")))
+def test_the_old_padding_token_is_trained_once_it_is_a_real_one(tokenizer_folder: MakeFolder, tmp_path: Path) -> None:
+    network, tokenizer = opened(ModelConfig(name=str(saved("llama", tokenizer_folder, tmp_path))))
     encoded = encode(tokenizer, [("apple </s>",)], 16)
     network(input_ids=torch.from_numpy(encoded.ids.astype(np.int64))[None]).logits.sum().backward()
     gradient = network.get_input_embeddings().weight.grad
