@@ -58,8 +58,8 @@ install: .venv/.installed
 		echo 'requirements.lock: the packages named above do not fit each other.' >&2; exit 1; fi
 	@touch $@
 
-# pip compiles bytecode on one core, compileall on all. It writes even where PYTHONDONTWRITEBYTECODE is set, and ends
-# with an error for the templates in some packages that are not meant to compile. Nobody runs the packages' own tests.
+# pip compiles bytecode on one core, compileall on all, and leaving out the packages' own tests. It writes even where
+# PYTHONDONTWRITEBYTECODE is set, and ends with an error for a file in newer syntax (torch has one for Python 3.12).
 .venv/.packages: requirements.lock
 	@python=; found=; for candidate in $(or $(PYTHON),python3.11 python3.12 python3); do \
 		is=$$($$candidate -c $(USABLE) 2>/dev/null) || is='not found, or does not run'; \
