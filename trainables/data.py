@@ -486,7 +486,8 @@ def bucket_width(max_len: int, max_length: int, step: int = 8) -> int:
 
 def pad(encoded: Encoded, rows: np.ndarray, pad_id: int, width: int) -> dict[str, np.ndarray]:
     """One batch as int64 arrays (rows, width), padded on the right."""
-    starts, lengths = encoded.offsets[rows], encoded.lengths[rows]
+    starts = encoded.offsets[rows]
+    lengths = encoded.offsets[rows + 1] - starts  # not encoded.lengths, which looks at every row
     assert lengths.max() <= width, "a batch is at least as wide as its longest row"
     positions = np.arange(width)
     real = positions < lengths[:, None]
