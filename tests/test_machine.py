@@ -142,19 +142,16 @@ def test_as_many_trials_run_at_once_as_fit(
 
 
 @pytest.mark.parametrize(
-    ("asked", "concurrent_trials", "place", "found", "expected"),
+    ("asked", "place", "found", "expected"),
     [
-        (resources(workers=9), None, "resources.workers", "9 workers", "at most 8"),
-        (resources(cpus=16), None, "resources.cpus_per_worker", "16 CPUs", "at most 8"),
-        (resources(workers=4, gpus=1), None, "resources.workers", "4 GPUs", "at most 2"),
-        (resources(gpus=3), None, "resources.gpus_per_worker", "3 GPUs", "at most 2"),
-        (resources(gpus=1), 3, "budget.concurrent_trials", "3", "at most 2, or null"),
+        (resources(workers=9), "resources.workers", "9 workers", "at most 8"),
+        (resources(cpus=16), "resources.cpus_per_worker", "16 CPUs", "at most 8"),
+        (resources(workers=4, gpus=1), "resources.workers", "4 GPUs", "at most 2"),
+        (resources(gpus=3), "resources.gpus_per_worker", "3 GPUs", "at most 2"),
     ],
 )
-def test_what_does_not_fit_is_told_with_what_would(
-    asked: ResourcesSpec, concurrent_trials: int | None, place: str, found: str, expected: str
-) -> None:
-    (problem,) = resource_problems(asked, Machine(cpus=8, gpus=2, memory_bytes=10**9), concurrent_trials)
+def test_what_does_not_fit_is_told_with_what_would(asked: ResourcesSpec, place: str, found: str, expected: str) -> None:
+    (problem,) = resource_problems(asked, Machine(cpus=8, gpus=2, memory_bytes=10**9))
     assert problem.place == place
     assert found in problem.found
     assert expected in problem.expected
@@ -169,5 +166,5 @@ def test_gpus_where_there_are_none_are_refused_and_the_cpu_is_offered() -> None:
 
 def test_what_fits_has_no_problems() -> None:
     here = Machine(cpus=8, gpus=2, memory_bytes=10**9)
-    assert resource_problems(resources(workers=2, gpus=1), here, 1) == []
-    assert resource_problems(resources(gpus=0.25), here, 8) == []
+    assert resource_problems(resources(workers=2, gpus=1), here) == []
+    assert resource_problems(resources(gpus=0.25), here) == []

@@ -149,9 +149,7 @@ def verify(folder: Path, deep: bool = True) -> bool:
 
 
 def sizes_and_hashes(folder: Path) -> dict[str, tuple[int, str]]:
-    return {
-        str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in _files(folder)
-    }
+    return {str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in _files(folder)}
 
 
 def sha256(path: Path) -> str:

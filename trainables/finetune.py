@@ -20,7 +20,7 @@ from trainables.checkpoint import read_json, write_json
 from trainables.config import DataConfig, FinetuneConfig, ModelConfig
 from trainables.data import Encoded, TextData, bucket_width, encode, epoch_batches, eval_batches, pad, read_texts
 from trainables.glue import eval_metrics
-from trainables.model import build_model, load_tokenizer, lr_lambda, make_optimizer
+from trainables.model import build_model, check_max_length, load_tokenizer, lr_lambda, make_optimizer
 from trainables.report import Context, Report
 
 
@@ -65,9 +65,7 @@ def _prepared(model_json: str, data_json: str, max_length: int) -> tuple[Any, Pr
     texts = _texts(data_json)
     encoded = {name: encode(tokenizer, split.texts, max_length) for name, split in texts.splits.items()}
     train_labels = torch.as_tensor(texts.splits["train"].labels)
-    validation = {
-        name: (encoded[name], split.labels) for name, split in texts.splits.items() if name != "train"
-    }
+    validation = {name: (encoded[name], split.labels) for name, split in texts.splits.items() if name != "train"}
     return tokenizer, Prepared(encoded["train"], train_labels, validation, texts.label_names)
 
 
@@ -79,6 +77,7 @@ class Run:
         self.rank, self.world_size = context.rank, context.world_size
         self.device = torch.device(context.device)
         self.epoch = 0
+        self._learning_rate = 0.0
         self.step = 0
         """Optimizer steps done."""
         training = config.training
@@ -89,9 +88,8 @@ class Run:
         )
         torch.manual_seed(context.seed)
         model = build_model(config.model, self.tokenizer, self.data.label_names).to(self.device)
-        self.parallel = parallel.Parallel(
-            model, make_optimizer(model, training.learning_rate, training.weight_decay)
-        )
+        check_max_length(model, training.max_length)
+        self.parallel = parallel.Parallel(model, make_optimizer(model, training.learning_rate, training.weight_decay))
         # Every rank builds the same model; after that, each draws its own dropout masks.
         torch.manual_seed(context.seed + 1 + self.rank)
         num_batches = -(-len(self.data.train_labels) // training.batch_size)
@@ -178,9 +176,8 @@ class Run:
         self.parallel.module.eval()
         for name, (encoded, labels) in self.data.validation.items():
             logits = self._eval_logits(encoded)
-            mismatched = name.endswith("mismatched")
-            found = eval_metrics(self.config.data.task, logits, labels)
-            metrics |= {"eval_accuracy_mismatched": found["eval_accuracy"]} if mismatched else found
+            suffix = "_mismatched" if name == "validation_mismatched" else ""
+            metrics |= eval_metrics(self.config.data.task, logits, labels, suffix)
         return metrics
 
     @torch.inference_mode()
@@ -203,7 +200,7 @@ class Run:
         save_file({"cpu": torch.get_rng_state(), **self._cuda_rng()}, folder / f"rng-{self.rank}.safetensors")
         if self.rank == 0:
             model: Any = self.parallel.module
-            model.save_pretrained(folder / "model", safe_serialization=True)
+            model.save_pretrained(folder / "model", max_shard_size="1000GB")
             self.tokenizer.save_pretrained(folder / "model")
             save_file(_optimizer_tensors(self.parallel.optimizer), folder / "optimizer.safetensors")
             write_json(folder / "progress.json", {"epoch": self.epoch, "step": self.step})

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 if os.environ.get("TUNE_SERVICE_DEVICE") == "cpu":
     # ColossalAI takes CUDA whenever it sees it, and its import opens a context there.
@@ -54,19 +55,25 @@ def launch(rank: int, world_size: int, device: torch.device) -> None:
         # Otherwise gloo and NCCL take the interface that the host name points to: reachable from outside.
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = _store(rank, world_size, host) if world_size > 1 else dist.HashStore()
+    store = _store(rank, world_size, host) if world_size > 1 else HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
 
 
-def _store(rank: int, world_size: int, host: str) -> dist.Store:
+def _store(rank: int, world_size: int, host: str) -> TCPStore:
     """A TCP store that listens on `host` alone (torch's own choice is every interface)."""
     port = int(os.environ["MASTER_PORT"])
     if rank:
-        return dist.TCPStore(host, port, world_size, is_master=False, timeout=GROUP_TIMEOUT)
+        return TCPStore(host, port, world_size, is_master=False, timeout=GROUP_TIMEOUT)
     listener = socket.create_server((host, port))
     descriptor = listener.detach()  # the store closes it
-    return dist.TCPStore(
-        host, port, world_size, is_master=True, timeout=GROUP_TIMEOUT, wait_for_workers=False, master_listen_fd=descriptor
+    return TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=GROUP_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=descriptor,
     )
 
 

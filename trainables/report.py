@@ -16,8 +16,8 @@ class Report:
     """Counted from 1, over restarts too."""
     metrics: Mapping[str, float]
     save: Callable[[Path], None] | None = None
-    """Writes the checkpoint of this moment into a folder it is given. Called on every rank, at the latest before the next
-    epoch is asked for; ranks share the folder, so each names its own files."""
+    """Writes the checkpoint of this moment into a folder it is given. Called on every rank, before the next epoch is
+    asked for; ranks share the folder, so each names its own files."""
 
 
 @dataclass(frozen=True)

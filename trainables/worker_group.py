@@ -151,7 +151,9 @@ class RayWorkerGroup(WorkerGroup):
             if not ready:
                 silent = sorted(rank_of[reference] for reference in pending)
                 raise StepDeadlineError(
-                    self._with_log(f"rank {silent[0]} gave no report in {deadline_s:.0f} s; silent: {silent}", silent[0])
+                    self._with_log(
+                        f"rank {silent[0]} gave no report in {deadline_s:.0f} s; silent: {silent}", silent[0]
+                    )
                 )
             rank = rank_of[ready[0]]
             try:

@@ -18,13 +18,15 @@ from tune_service.study import stored_spec
 def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     """Writes the best trial of a study to `out`, which is whole or absent whenever this process is killed.
 
-    `model/` opens with `from_pretrained` (a trainable of the user's own: `checkpoint/`, when it saved one), `config.yaml`
-    is a spec that trains this trial again, `metrics.json` is what it reached. Raises OutputNotEmptyError, and CommandError
-    when the study has no best trial or `out` cannot be written.
+    `model/` opens with `from_pretrained` (a trainable of the user's own: `checkpoint/`, when it saved one),
+    `config.yaml` is a spec that trains this trial again, `metrics.json` is what it reached. Raises OutputNotEmptyError,
+    and CommandError when the study has no best trial or `out` cannot be written.
     """
     folder = storage.study(name)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputNotEmptyError(Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name"))
+        raise OutputNotEmptyError(
+            Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name")
+        )
     record = Record.open(folder)
     status = record.status(deep=True)
     if status.best is None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,18 +40,21 @@ class Check:
 
 
 def run_checks(spec: StudySpec, storage: Storage, machine: Machine) -> list[Check]:
-    """Looks at all that a study of this spec needs. The name is not looked up: `check` serves existing studies too."""
+    """Looks at all that a study of this spec needs. The name is not looked up: `check` serves existing studies too.
+
+    What a half-read spec lacks, such as `data`, is passed over.
+    """
     checks = [
-        _check("storage", lambda: storage.check_writable() or f"{storage.root} can be written"),
+        _check("storage", lambda: _storage(storage)),
         _check("resources", lambda: _resources(spec, machine)),
     ]
-    if spec.is_finetune:
-        assert spec.model is not None
-        model = spec.model
+    model, data = spec.model, spec.data
+    if not spec.is_finetune:
+        checks.append(_check("trainable", lambda: _import_trainable(spec.trainable, spec.folder)))
+    if spec.is_finetune and model is not None:
         checks.append(_check("model", lambda: _raised(check_model_files(model)) or model.name))
-        checks.append(_check("data", lambda: _describe(_texts(spec))))
-    else:
-        checks.append(_check("trainable", lambda: _import_trainable(spec)))
+    if spec.is_finetune and data is not None:
+        checks.append(_check("data", lambda: _describe(_texts(data))))
     return checks
 
 
@@ -60,9 +64,9 @@ def problems_of(checks: Sequence[Check]) -> list[Problem]:
 
 def baseline(spec: StudySpec) -> float | None:
     """Accuracy of always answering the commonest class of the validation split; None where it means nothing."""
-    if not spec.is_finetune:
+    if not spec.is_finetune or spec.data is None:
         return None
-    texts = _texts(spec)
+    texts = _texts(spec.data)
     if not texts.label_names:
         return None
     return majority_baseline(next(split.labels for name, split in texts.splits.items() if name != "train"))
@@ -83,19 +87,19 @@ def _raised(problems: Sequence[Problem]) -> str:
     return ""
 
 
+def _storage(storage: Storage) -> str:
+    storage.check_writable()
+    return f"{storage.root} can be written"
+
+
 def _resources(spec: StudySpec, machine: Machine) -> str:
     _raised(resource_problems(spec.resources, machine))
     room = fit(spec.resources, machine, spec.budget.concurrent_trials)
     return f"{machine.cpus} CPUs, {machine.gpus} GPUs: {room} trials at once"
 
 
-def _texts(spec: StudySpec) -> TextData:
-    assert spec.data is not None
-    return _read_once(spec.data)
-
-
 @lru_cache(maxsize=1)
-def _read_once(data: DataConfig) -> TextData:
+def _texts(data: DataConfig) -> TextData:
     return read_texts(data)
 
 
@@ -108,11 +112,12 @@ def _describe(texts: TextData) -> str:
     return f"{sizes} rows; train: {classes}"
 
 
-def _import_trainable(spec: StudySpec) -> str:
+@lru_cache(maxsize=1)
+def _import_trainable(trainable: str, folder: Path) -> str:
     """Imports the user's module in a process of its own: it may import torch, or end the process."""
     code = "import sys; from trainables.worker import resolve; resolve(sys.argv[1], sys.argv[2])"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # importing it must not need a GPU
-    command = [sys.executable, "-c", code, spec.trainable, str(spec.folder)]
+    command = [sys.executable, "-c", code, trainable, str(folder)]
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment, check=False
@@ -121,12 +126,11 @@ def _import_trainable(spec: StudySpec) -> str:
     except subprocess.TimeoutExpired:
         found = f"the import took more than {IMPORT_TIMEOUT_S} s"
     if found:
-        expected = f"a module on PYTHONPATH or in {spec.folder} that can be imported"
-        raise UserError(Problem("trainable", f"{spec.trainable} can be imported", found, expected))
-    return spec.trainable
+        expected = f"a module on PYTHONPATH or in {folder} that can be imported"
+        raise UserError(Problem("trainable", f"{trainable} can be imported", found, expected))
+    return trainable
 
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
-

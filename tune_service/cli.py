@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_service.live import StudyDisplay
+    from tune_service.spec import StudySpec
     from tune_service.status import StudyStatus
     from tune_service.storage import Storage
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Tunes the hyperparameters of transformers: Optuna-guided trials, scheduled by Ray Tune, stopped early by ASHA.",
+    help="Tunes hyperparameters of transformers: Optuna-guided trials, scheduled by Ray Tune, stopped early by ASHA.",
 )
 
 StorageOption = Annotated[
@@ -55,11 +56,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a study on this machine, from its spec to its best trial."""
-    from tune_service.spec import load_spec
     from tune_service.study import run_study
 
-    loaded = load_spec(spec, overrides, name)
     place = _storage(storage)
+    loaded = _load(spec, overrides, name, place)
     with _study_output(place.root / loaded.name, as_json) as display:
         status = run_study(loaded, place, display)
     _print_end(status, as_json)
@@ -261,6 +261,8 @@ def main() -> NoReturn:
         if not isinstance(error, UserError) and not as_json:
             raise  # a fault of ours: the traceback is what helps
         _fail(error, as_json)
+    if code == 130:  # Typer's answer to Ctrl-C
+        _fail(KeyboardInterrupt(), as_json)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -288,6 +290,16 @@ def _storage(root: str) -> Storage:
     return Storage(Path(root))
 
 
+def _load(path: Path, overrides: list[str], name: str | None, storage: Storage) -> StudySpec:
+    """The spec with all that is wrong with it, its data, its model and this machine, in one SpecError."""
+    from tune_service.check import problems_of, run_checks
+    from tune_service.machine import this_machine
+    from tune_service.spec import load_spec
+
+    machine = this_machine()
+    return load_spec(path, overrides, name, also=lambda spec: problems_of(run_checks(spec, storage, machine)))
+
+
 def _console() -> Console:
     from tune_service.live import console
 
@@ -304,16 +316,18 @@ def _study_output(folder: Path, as_json: bool) -> Iterator[StudyDisplay]:
     from tune_service.live import StudyDisplay, console
     from tune_service.terminal import captured_output
 
-    with captured_output(folder / "driver.log", shown=2 if as_json else 1) as stream:
-        with StudyDisplay(console(stream)) as display:
-            yield display
+    with (
+        captured_output(folder / "driver.log", shown=2 if as_json else 1) as stream,
+        StudyDisplay(console(stream)) as display,
+    ):
+        yield display
 
 
-def _print_end(found: StudyStatus, as_json: bool) -> NoReturn | None:
+def _print_end(found: StudyStatus, as_json: bool) -> None:
     _print_status(found, as_json)
     if found.state == "failed":
         sys.exit(1)
-    return None
+    return
 
 
 def _print_status(found: StudyStatus, as_json: bool) -> None:

@@ -59,6 +59,9 @@ def error_json(error: BaseException) -> dict[str, Any]:
         if len(error.problems) > 1:
             document["errors"] = [problem.to_json() for problem in error.problems]
         return document
+    if isinstance(error, KeyboardInterrupt):
+        problem = Problem("", "the command runs to its end", "Ctrl-C", "`tune-service resume` goes on")
+        return {"error": problem.to_json()}
     # Not foreseen: a fault of ours or of the machine's. It still has the shape that a reading program relies on.
     found = f"{type(error).__name__}: {error}"
     return {"error": Problem("", "the command runs to its end", found, "see the log; this is not your input").to_json()}

@@ -67,7 +67,7 @@ class StudyDisplay:
             self._ended_before = len(ended)
             self._states = {trial.number: trial.state for trial in ended}
         best = next(iter(ranked(ended, record.objective)), None)
-        summary = self._summary(record, trials, len(ended), best)
+        summary = self._summary(record, len(ended), best)
         if self._live is not None:
             rows = max(8, self._console.height - 10)
             self._live.update(Group(_live_table(record, trials, rows), summary), refresh=True)
@@ -81,7 +81,7 @@ class StudyDisplay:
         stamp = datetime.now(UTC).strftime("%H:%M:%S")
         self._console.print(Text(f"{stamp} {line}", style=style or ""), soft_wrap=True)
 
-    def _summary(self, record: Record, trials: list[TrialStatus], num_ended: int, best: BestTrial | None) -> Text:
+    def _summary(self, record: Record, num_ended: int, best: BestTrial | None) -> Text:
         parts = [f"{num_ended} of {record.budget_trials} trials ended"]
         if best is not None:
             parts.append(f"best {_number(best.value)} (trial {best.number}, epoch {best.epoch})")
@@ -145,7 +145,9 @@ def best_line(status: StudyStatus) -> str:
         return "no best trial: none has ended with a finite value and a whole checkpoint"
     best = status.best
     params = ", ".join(f"{name}={_short(value)}" for name, value in best.params.items())
-    return f"best trial {best.number}, epoch {best.epoch}: {status.objective.metric} {_number(best.value)} with {params}"
+    return (
+        f"best trial {best.number}, epoch {best.epoch}: {status.objective.metric} {_number(best.value)} with {params}"
+    )
 
 
 def _event(trial: TrialStatus, objective: ObjectiveStatus, summary: str) -> str:

@@ -1,4 +1,4 @@
-"""A Ray of this machine's own for one study: nothing of it can be reached from outside, nothing of it is left behind."""
+"""A Ray for one study on this machine: nothing of it can be reached from outside, nothing of it is left behind."""
 
 from __future__ import annotations
 

@@ -54,16 +54,9 @@ def fit(resources: ResourcesSpec, machine: Machine, concurrent_trials: int | Non
     return min(limits)
 
 
-def resource_problems(
-    resources: ResourcesSpec, machine: Machine, concurrent_trials: int | None = None
-) -> list[Problem]:
-    """Why a study cannot run here as its spec asks; empty when it can."""
-    problems = [*_cpu_problems(resources, machine), *_gpu_problems(resources, machine)]
-    room = fit(resources, machine)
-    if not problems and concurrent_trials is not None and concurrent_trials > room:
-        rule = f"the machine has room for {room} trials at once ({_offer(machine)})"
-        problems.append(Problem("budget.concurrent_trials", rule, str(concurrent_trials), f"at most {room}, or null"))
-    return problems
+def resource_problems(resources: ResourcesSpec, machine: Machine) -> list[Problem]:
+    """Why not even one trial of a study fits here; empty when one does."""
+    return [*_cpu_problems(resources, machine), *_gpu_problems(resources, machine)]
 
 
 def visible_gpus(cuda_visible_devices: str | None, listing: str) -> int:

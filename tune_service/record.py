@@ -21,6 +21,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
@@ -38,6 +39,7 @@ from tune_service.status import (
     TrialStatus,
     best_report,
     best_trial,
+    objective_value,
 )
 from tune_service.storage import StudyFolder
 
@@ -74,7 +76,7 @@ class Record:
     def create(folder: StudyFolder, spec: Mapping[str, Any], sampler: BaseSampler) -> Record:
         """A new record. `spec` holds at least `objective`, `search_space` and `budget`, and is kept as it is."""
         storage = _storage(folder)
-        direction = "maximize" if spec["objective"]["mode"] == "max" else "minimize"
+        direction = direction_of(spec["objective"]["mode"])
         study = optuna.create_study(storage=storage, sampler=sampler, study_name=folder.name, direction=direction)
         study.set_user_attr("format", FORMAT)
         study.set_user_attr("created_at", _now())
@@ -93,7 +95,9 @@ class Record:
             version = study.user_attrs["format"]
         except (OSError, ValueError, KeyError) as error:
             found = f"{folder.journal}: {type(error).__name__}: {error}"
-            raise StorageError(Problem(folder.name, "has a record that can be read", found, "a whole record")) from error
+            raise StorageError(
+                Problem(folder.name, "has a record that can be read", found, "a whole record")
+            ) from error
         if version > FORMAT:
             found = f"a record of format {version}"
             raise StorageError(Problem(folder.name, f"has a record of format {FORMAT}", found, "a newer tune-service"))
@@ -147,8 +151,9 @@ class Record:
         """A trial ran to its end. It counts for the sampler with its best epoch's value."""
         best = best_report(self.trial(number), self.objective)
         if best is None:
-            return self.fail(number, f"no finite {self.objective.metric} was reported")
-        self._end(number, OptunaState.COMPLETE, None, float(best.metrics[self.objective.metric] or 0.0))
+            self.fail(number, f"no finite {self.objective.metric} was reported")
+        else:
+            self._end(number, OptunaState.COMPLETE, None, objective_value(best, self.objective))
 
     def prune(self, number: int, reason: str, diverged: bool = False) -> None:
         """A trial was stopped early. A diverged one is the worst of all for the sampler, whatever it reported."""
@@ -283,7 +288,7 @@ class Record:
         open_state: TrialState = "waiting" if not started else "paused"
         if trial.state == OptunaState.RUNNING and started and alive:
             open_state = "running"
-        reason = attrs.get("reason")
+        reason = attrs.get("reason") if open_state != "running" else None
         if open_state == "paused" and trial.state == OptunaState.RUNNING:
             reason = "interrupted: the driver is gone"
         status = TrialStatus(
@@ -353,6 +358,10 @@ def _trim(journal: Path) -> None:
         if whole < len(content):
             print(f"{journal}: cut off {len(content) - whole} bytes of an unfinished line", file=sys.stderr)
             file.truncate(whole)
+
+
+def direction_of(mode: str) -> StudyDirection:
+    return StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE
 
 
 def _now() -> str:

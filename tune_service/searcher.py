@@ -1,4 +1,4 @@
-"""What is tried next: from our search spaces to Optuna's distributions and samplers. Translates at the border, once."""
+"""What is tried next: from our search spaces to Optuna's distributions and samplers, translated at the border."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from search_spaces.domains import Choice, Domain, IntUniform, LogUniform, SearchSpace, Uniform
+
 
 def distribution(domain: Domain) -> BaseDistribution:
     """Optuna's distribution of a domain. Integer ranges include both ends on both sides."""
@@ -35,7 +37,7 @@ def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
 
 
 def grid_points(space: SearchSpace, first: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    """Combinations of the domains' values, the last name fastest, `first` before all others; `limit` of them at most."""
+    """Combinations of the domains' values, the last name fastest, `first` before all others; at most `limit`."""
     axes = [domain.grid() or () for domain in space.values()]
     product = (dict(zip(space, values, strict=True)) for values in itertools.product(*axes))
     start = [dict(first)] if len(first) == len(space) else []
@@ -49,7 +51,7 @@ class StudySampler(BaseSampler):
     first trials again. TPE is Optuna's multivariate one with a constant liar (Watanabe 2023, arXiv:2304.11127).
     """
 
-    def __init__(self, name: str, seed: int, direction: str) -> None:
+    def __init__(self, name: str, seed: int, direction: StudyDirection) -> None:
         self._make = TPESampler if name == "tpe" else RandomSampler
         self._seed = seed
         self._storage = InMemoryStorage()

@@ -191,12 +191,18 @@ _SECTIONS: Mapping[str, type[Settings]] = {
 
 
 def load_spec(
-    path: str | Path, overrides: Sequence[str] = (), name: str | None = None, *, here: bool = True
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    *,
+    here: bool = True,
+    also: Callable[[StudySpec], Iterable[Problem]] | None = None,
 ) -> StudySpec:
     """Reads a spec file. Raises one SpecError with every fault.
 
     `overrides` are `--set` options (`training.batch_size=64`); `name` replaces the spec's. `here=False`: the folders
-    that it names are on another machine, so they are not looked for.
+    that it names are on another machine, so they are not looked for. `also` finds faults that need more than the file,
+    of data or machine; what it says of a part that is wrong by itself is left out.
     """
     draft = _Draft(file=str(path))
     draft.read(_file_text(path))
@@ -204,7 +210,7 @@ def load_spec(
     if name is not None:
         draft.raw["name"] = name
         draft.options["name"] = "--name"
-    return _build(draft, Path(path).resolve().parent, here)
+    return _build(draft, Path(path).resolve().parent, here, also)
 
 
 def parse_spec(mapping: Mapping[str, Any], base_dir: str | Path = ".", *, here: bool = True) -> StudySpec:
@@ -363,14 +369,24 @@ def _put(raw: dict[Any, Any], path: Sequence[str], value: Any) -> bool:
 # ---- the sections, each on its own
 
 
-def _build(draft: _Draft, folder: Path, here: bool) -> StudySpec:
+def _build(
+    draft: _Draft, folder: Path, here: bool, also: Callable[[StudySpec], Iterable[Problem]] | None = None
+) -> StudySpec:
     """The spec, or SpecError with every fault of the draft."""
     spec = _read(draft, folder, here)
     for check in _CHECKS:
         check(spec, draft)
+    for problem in also(spec) if also else ():
+        if not any(_related(problem.place, broken) for broken in draft.broken):
+            draft.problems.append(dataclasses.replace(problem, place=draft.place(problem.place)))
     if draft.problems:
         raise SpecError(draft.problems)
     return spec
+
+
+def _related(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is the other or lies in it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _read(draft: _Draft, folder: Path, here: bool) -> StudySpec:
@@ -769,7 +785,7 @@ class _SpecLoader(yaml.SafeLoader):
 class _SpecDumper(yaml.SafeDumper):
     """Quotes the strings that `_SpecLoader` would read as numbers, and writes no aliases."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (the name is yaml's)
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import SIGTERM, Signals, getsignal, signal
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from trainables.errors import Problem
 from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import CommandError, SpecError, StudyRunningError
 from tune_service.local_ray import prepare_environment
 from tune_service.machine import fit, this_machine
-from tune_service.record import Record
+from tune_service.record import Record, direction_of
+from tune_service.searcher import StudySampler
 from tune_service.spec import StudySpec, parse_spec
 from tune_service.status import StudyStatus
 from tune_service.storage import Storage, StudyFolder, remove
@@ -33,16 +34,13 @@ class Display(Protocol):
 
 
 def run_study(spec: StudySpec, storage: Storage, display: Display) -> StudyStatus:
-    """Checks everything, then runs a new study to its end. SpecError with all that is wrong, before anything is written."""
-    from tune_service.searcher import StudySampler
-
+    """Checks everything, then runs a new study to its end. SpecError with all faults, before anything is written."""
     problems = problems_of(run_checks(spec, storage, this_machine()))
     if problems:
         raise SpecError(problems)
     folder = storage.create(spec.name)
     with folder.driving():
-        sampler = StudySampler(spec.sampler.name, spec.sampler.seed, _direction(spec))
-        record = Record.create(folder, spec.to_mapping() | {"folder": str(spec.folder)}, sampler)
+        record = Record.create(folder, _stored(spec), _sampler(spec))
         record.set_baseline(baseline(spec))
         _drive(spec, folder, record, display)
     return Record.open(folder).status()
@@ -50,15 +48,13 @@ def run_study(spec: StudySpec, storage: Storage, display: Display) -> StudyStatu
 
 def resume_study(name: str, trials: str | None, storage: Storage, display: Display) -> StudyStatus:
     """Goes on with a study that was stopped or cut off; `trials` adds to its budget (`+20`) or sets it (`80`)."""
-    from tune_service.searcher import StudySampler
-
     folder = storage.study(name)
     with folder.driving():
         spec = stored_spec(Record.open(folder))
         problems = problems_of(run_checks(spec, storage, this_machine()))
         if problems:
             raise SpecError(problems)
-        record = Record.open(folder, StudySampler(spec.sampler.name, spec.sampler.seed, _direction(spec)))
+        record = Record.open(folder, _sampler(spec))
         if trials is not None:
             record.set_budget(_budget(trials, record))
         record.clear_stop()
@@ -88,8 +84,16 @@ def delete_study(name: str, storage: Storage) -> int:
     folder = storage.study(name)
     if folder.driver_is_alive():
         found = f"{name} is running"
-        raise StudyRunningError(Problem("STUDY", "a running study is not deleted", found, f"`tune-service stop {name}`"))
+        raise StudyRunningError(
+            Problem("STUDY", "a running study is not deleted", found, f"`tune-service stop {name}`")
+        )
     return remove(folder)
+
+
+def _stored(spec: StudySpec) -> dict[str, Any]:
+    """The spec as the record keeps it, a recipe's domains in full: a later version's may differ, this study's not."""
+    space = {name: domain.to_mapping() for name, domain in spec.domains.items()}
+    return spec.to_mapping() | {"search_space": space, "folder": str(spec.folder)}
 
 
 def stored_spec(record: Record) -> StudySpec:
@@ -115,7 +119,7 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, display: Displa
         if record.failure is not None:
             reason = "the study failed"
     except BaseException as error:
-        reason = f"interrupted: {type(error).__name__}"
+        reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {error}"
         raise
     finally:
         record.pause_all(reason)
@@ -137,8 +141,8 @@ def _terminate_as_interrupt() -> Iterator[None]:
         signal(SIGTERM, before)
 
 
-def _direction(spec: StudySpec) -> str:
-    return "maximize" if spec.objective.mode == "max" else "minimize"
+def _sampler(spec: StudySpec) -> StudySampler:
+    return StudySampler(spec.sampler.name, spec.sampler.seed, direction_of(spec.objective.mode))
 
 
 def _budget(trials: str, record: Record) -> int:
@@ -147,5 +151,3 @@ def _budget(trials: str, record: Record) -> int:
     if not number.isdecimal() or int(number) == 0:
         raise SpecError(Problem("--trials", "adds to the budget (+20) or sets it (80)", repr(trials), "+20"))
     return int(number) + (record.budget_trials if trials.startswith("+") else 0)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def run_trials(
         tuner = tune.Tuner(
             tune.with_resources(TrialSupervisor, bundles),
             tune_config=tune.TuneConfig(
-                search_alg=_StudySearcher(driver, lambda asked, slot: trial_config(spec, folder, asked, slot), concurrent),
+                search_alg=_StudySearcher(driver, partial(trial_config, spec, folder), concurrent),
                 scheduler=_StudyScheduler(driver, concurrent),
                 num_samples=-1,  # the driver counts
                 reuse_actors=True,
