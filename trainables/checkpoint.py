@@ -105,8 +105,10 @@ class CheckpointStore:
         folders = self.folder(trial, 0).parent.glob("epoch-*")
         return sorted(int(folder.name.removeprefix("epoch-")) for folder in folders)
 
-    def trials(self) -> list[int]:
-        return sorted(int(folder.name.removeprefix("trial-")) for folder in self.root.glob("trial-*"))
+    def kept(self) -> dict[int, list[int]]:
+        """Trial -> its epochs that have a committed checkpoint, for the trials that have any."""
+        trials = sorted(int(folder.name.removeprefix("trial-")) for folder in self.root.glob("trial-*"))
+        return {trial: epochs for trial in trials if (epochs := self.epochs(trial))}
 
     def num_bytes(self, trial: int, epoch: int) -> int:
         """Size by the manifest; 0 when that cannot be read."""

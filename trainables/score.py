@@ -23,7 +23,7 @@ def score(model_folder: str, data: DataConfig, max_length: int = 512) -> float:
     encoded = encode(tokenizer, split.texts, max_length)
     with torch.inference_mode():
         found = [
-            int(model(input_ids=torch.as_tensor(encoded.row(row)[None].astype(np.int64))).logits.argmax())
+            int(model(input_ids=torch.as_tensor([list(encoded.row(row))])).logits.argmax())
             for row in range(len(split.labels))
         ]
     return float(np.mean(np.asarray(found) == split.labels))

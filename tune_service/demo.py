@@ -92,7 +92,7 @@ def write_pairs(folder: Path, num_train: int = 1024, num_validation: int = 256, 
     for split, size in (("train", num_train), ("validation", num_validation)):
         rows = [_pair(rng) for _ in range(size)]
         first, second, labels = zip(*rows, strict=True)
-        columns = {"sentence1": first, "sentence2": second, "label": pa.array(labels, pa.int64())}
+        columns: dict[str, Any] = {"sentence1": first, "sentence2": second, "label": labels}
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
 
 

@@ -160,7 +160,7 @@ class Driver:
         if result["checkpoint_bytes"] is not None:
             self._record.set_saves(number)
             notes.kept[epoch] = result["checkpoint_bytes"]
-            self._retain(number)
+            self._retain()
         fault = next((name for name in ("train_loss", "eval_loss", metric) if not _finite(metrics, name)), None)
         if fault is not None:
             self._record.prune(number, f"diverged: {fault} is {metrics[fault]} at epoch {epoch}", diverged=True)
@@ -200,10 +200,10 @@ class Driver:
         """No supervisor holds the trial any more."""
         self._due.pop(number, None)
         self._notes[number].open = self._record.trial(number).ended_at is None
-        self._retain(number)
+        self._retain()
 
-    def _retain(self, number: int) -> None:
-        """Deletes the checkpoints that nothing needs any more, of this trial and, for the budget, of others."""
+    def _retain(self) -> None:
+        """Deletes the checkpoints that nothing needs any more, and for the budget the worst."""
         kept = [
             Kept(
                 trial=trial,
@@ -217,19 +217,9 @@ class Driver:
             for epoch, num_bytes in notes.kept.items()
         ]
         sign = 1.0 if self._objective.mode == "max" else -1.0
-        touched = {number}
         for trial, epoch in to_delete(kept, sign, int(self._spec.checkpoints.budget_gib * GIB)):
             del self._notes[trial].kept[epoch]
-            touched.add(trial)
-            # The record first: what it names exists, whenever this process is killed.
-            self._write_kept(trial)
             self._store.delete(trial, epoch)
-        for trial in touched:
-            self._write_kept(trial)
-
-    def _write_kept(self, number: int) -> None:
-        kept = sorted(self._notes[number].kept.items())
-        self._record.set_checkpoints(number, [{"epoch": epoch, "bytes": num_bytes} for epoch, num_bytes in kept])
 
     def _refill(self, trials: list[TrialStatus]) -> None:
         """Takes up a study that goes on: everything is read off the record and the checkpoints that are there."""
@@ -242,8 +232,8 @@ class Driver:
                 notes.best, notes.best_epoch = objective_value(best, self._objective), best.epoch
             self._notes[trial.number] = notes
         self._store.sweep()
-        for number in self._store.trials():
-            for epoch in self._store.epochs(number):
+        for number, epochs in self._store.kept().items():
+            for epoch in epochs:
                 if number in self._notes:
                     self._notes[number].kept[epoch] = self._store.num_bytes(number, epoch)
                 else:

@@ -141,12 +141,6 @@ class Record:
         self._storage.set_trial_intermediate_value(trial._trial_id, epoch, float(value))
         return True
 
-    def set_checkpoints(self, number: int, checkpoints: list[dict[str, int]]) -> None:
-        """The checkpoints that the trial has now: `{"epoch", "bytes"}` each."""
-        trial = self._trial(number)
-        if trial.user_attrs.get("checkpoints", []) != checkpoints:
-            self._set(trial, "checkpoints", checkpoints)
-
     def complete(self, number: int) -> None:
         """A trial ran to its end. It counts for the sampler with its best epoch's value."""
         best = best_report(self.trial(number), self.objective)
@@ -221,10 +215,11 @@ class Record:
 
     def trials(self) -> list[TrialStatus]:
         alive = self.folder.driver_is_alive()
-        return [self._status(trial, alive) for trial in self._trials()]
+        kept = self.folder.checkpoints.kept()
+        return [self._status(trial, alive, kept.get(trial.number, [])) for trial in self._trials()]
 
     def trial(self, number: int) -> TrialStatus:
-        return self._status(self._trial(number), True)
+        return self._status(self._trial(number), True, self.folder.checkpoints.epochs(number))
 
     def best(self, trials: list[TrialStatus] | None = None, deep: bool = False) -> BestTrial | None:
         """The best trial whose checkpoint is whole: by file sizes, or `deep`, by sha256."""
@@ -274,7 +269,7 @@ class Record:
         if not trial.user_attrs.get("saves", False):
             self._set(trial, "saves", True)
 
-    def _status(self, trial: FrozenTrial, alive: bool) -> TrialStatus:
+    def _status(self, trial: FrozenTrial, alive: bool, kept: list[int]) -> TrialStatus:
         attrs = trial.user_attrs
         reports = sorted(
             (
@@ -301,15 +296,17 @@ class Record:
             started_at=attrs.get("started_at"),
             ended_at=attrs.get("ended_at"),
         )
-        return status.model_copy(update={"checkpoint": self._checkpoint(status, attrs.get("checkpoints", []))})
+        return status.model_copy(update={"checkpoint": self._checkpoint(status, kept)})
 
-    def _checkpoint(self, trial: TrialStatus, kept: list[dict[str, int]]) -> CheckpointStatus | None:
+    def _checkpoint(self, trial: TrialStatus, kept: list[int]) -> CheckpointStatus | None:
+        """Read off the folders: a note of what exists could contradict what does."""
         if not kept:
             return None
         best = best_report(trial, self.objective) if trial.ended_at else None
-        shown = next((entry for entry in kept if best is not None and entry["epoch"] == best.epoch), kept[-1])
-        path = self.folder.checkpoints.folder(trial.number, shown["epoch"])
-        return CheckpointStatus(epoch=shown["epoch"], bytes=shown["bytes"], path=str(path))
+        epoch = best.epoch if best is not None and best.epoch in kept else kept[-1]
+        store = self.folder.checkpoints
+        path = str(store.folder(trial.number, epoch))
+        return CheckpointStatus(epoch=epoch, bytes=store.num_bytes(trial.number, epoch), path=path)
 
     def _end(self, number: int, state: OptunaState, reason: str | None, value: float | None) -> None:
         trial = self._trial(number)
