@@ -23,9 +23,15 @@ from tune_service.storage import Storage
 from tune_service.study import Display, run_study
 
 NAME = "demo"
-SUBJECTS = ("fox", "crow", "girl", "king", "cook", "judge", "nurse", "pilot")
-VERBS = ("sees", "helps", "calls", "finds", "follows", "thanks", "paints", "greets")
-PLACES = ("home", "river", "market", "garden", "bridge", "station")
+GOOD = (
+    "bold brave bright calm clever crisp deep fine fresh funny gentle grand kind lively lovely neat quick rich sharp "
+    "smart smooth strong sweet tender true vivid warm wise witty wonderful"
+).split()
+BAD = (
+    "awful bland bleak boring clumsy cold crude dark dreary dull empty false flat grim harsh hollow lame lazy loud messy "
+    "pale poor sad shallow slow stale tired ugly weak wooden"
+).split()
+PARTS = "acting camera dialogue ending light music plot script sound story".split()
 
 
 @dataclass(frozen=True)
@@ -70,47 +76,44 @@ def demo_spec(inputs: Path) -> dict[str, Any]:
             "config": {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64},
         },
         "data": {"path": str(inputs / "data"), "text": ["sentence1", "sentence2"]},
-        "training": {"max_epochs": 6, "batch_size": 32, "max_length": 32, "learning_rate": 1e-3, "precision": "fp32"},
+        "training": {"max_epochs": 6, "batch_size": 32, "max_length": 32, "learning_rate": 2e-4, "precision": "fp32"},
         "search_space": {
             "learning_rate": {"log_uniform": [1e-4, 1e-2]},
-            "batch_size": {"choice": [16, 32, 64]},
+            "batch_size": {"choice": [8, 16, 32]},
             "weight_decay": {"uniform": [0.0, 0.1]},
-            "model.config.dropout": {"uniform": [0.0, 0.3]},
+            "model.config.dropout": {"uniform": [0.0, 0.2]},
         },
         "budget": {"trials": 16},
         "resources": {"workers": 1, "gpus_per_worker": 0},
     }
 
 
-def write_pairs(folder: Path, num_train: int = 1024, num_validation: int = 256, seed: int = 7) -> None:
-    """Sentence pairs as parquet: label 1 when the second says the same as the first, in other words or another order.
+def write_pairs(folder: Path, num_train: int = 768, num_validation: int = 256, seed: int = 7) -> None:
+    """Titles and reviews of films as parquet: label 1 when the five words of praise or blame in both are mostly praise.
 
-    A pair with label 0 differs from it in one word, so that the model has to compare the two.
+    A model has to learn 60 words and to weigh them over both texts: not in one epoch, but in a few.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for split, size in (("train", num_train), ("validation", num_validation)):
-        rows = [_pair(rng) for _ in range(size)]
-        first, second, labels = zip(*rows, strict=True)
+        first, second, labels = zip(*(_pair(rng) for _ in range(size)), strict=True)
         columns: dict[str, Any] = {"sentence1": first, "sentence2": second, "label": labels}
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
 
 
 def _pair(rng: np.random.Generator) -> tuple[str, str, int]:
-    words = [str(rng.choice(options)) for options in (SUBJECTS, VERBS, SUBJECTS, PLACES)]
-    label = int(rng.integers(2))
-    other = list(words)
-    if not label:
-        place = int(rng.integers(4))
-        options = (SUBJECTS, VERBS, SUBJECTS, PLACES)[place]
-        other[place] = str(rng.choice([word for word in options if word != words[place]]))
-    return "the {} {} the {} at the {}".format(*words), "at the {3} the {0} {1} the {2}".format(*other), label
+    praise = rng.integers(2, size=5)
+    words = [str(rng.choice(GOOD if good else BAD)) for good in praise]
+    parts = [str(part) for part in rng.choice(PARTS, size=3, replace=False)]
+    first = f"a {words[0]} and {words[1]} film"
+    second = f"the {parts[0]} is {words[2]} the {parts[1]} {words[3]} and the {parts[2]} {words[4]}"
+    return first, second, int(praise.sum() > 2)
 
 
 def write_tokenizer(folder: Path) -> None:
     """A tokenizer with one token a word, as Hugging Face folders have it."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["[UNK]", "[PAD]", "[SEP]", "the", "at", *SUBJECTS, *VERBS, *PLACES]
+    words = ["[UNK]", "[PAD]", "[SEP]", "a", "and", "film", "the", "is", *GOOD, *BAD, *PARTS]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
