@@ -23,71 +23,15 @@ from tune_service.storage import Storage
 from tune_service.study import Display, run_study
 
 NAME = "demo"
-GOOD = [
-    "bold",
-    "brave",
-    "bright",
-    "calm",
-    "clever",
-    "crisp",
-    "deep",
-    "fine",
-    "fresh",
-    "funny",
-    "gentle",
-    "grand",
-    "kind",
-    "lively",
-    "lovely",
-    "neat",
-    "quick",
-    "rich",
-    "sharp",
-    "smart",
-    "smooth",
-    "strong",
-    "sweet",
-    "tender",
-    "true",
-    "vivid",
-    "warm",
-    "wise",
-    "witty",
-    "wonderful",
-]
-BAD = [
-    "awful",
-    "bland",
-    "bleak",
-    "boring",
-    "clumsy",
-    "cold",
-    "crude",
-    "dark",
-    "dreary",
-    "dull",
-    "empty",
-    "false",
-    "flat",
-    "grim",
-    "harsh",
-    "hollow",
-    "lame",
-    "lazy",
-    "loud",
-    "messy",
-    "pale",
-    "poor",
-    "sad",
-    "shallow",
-    "slow",
-    "stale",
-    "tired",
-    "ugly",
-    "weak",
-    "wooden",
-]
-PARTS = ["acting", "camera", "dialogue", "ending", "light", "music", "plot", "script", "sound", "story"]
+GOOD = (
+    "bold brave bright calm clever crisp deep fine fresh funny gentle grand kind lively lovely neat quick rich sharp "
+    "smart smooth strong sweet tender true vivid warm wise witty wonderful"
+).split()
+BAD = (
+    "awful bland bleak boring clumsy cold crude dark dreary dull empty false flat grim harsh hollow lame lazy loud "
+    "messy pale poor sad shallow slow stale tired ugly weak wooden"
+).split()
+PARTS = "acting camera dialogue ending light music plot script sound story".split()
 
 
 @dataclass(frozen=True)

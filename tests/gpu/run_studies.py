@@ -60,9 +60,7 @@ def run(name: str, out: Path) -> dict[str, Any]:
         "median_epoch_s": round(sorted(epochs)[len(epochs) // 2], 2),
         "best": best,
         "gpu_mib_before_and_after": [before, used_mib()],
-        "reasons": sorted(
-            {(trial["reason"] or "").splitlines()[0][:200] for trial in status["trials"] if trial["reason"]}
-        ),
+        "reasons": sorted(reasons),
     }
 
 
