@@ -27,7 +27,7 @@ def to_delete(kept: Sequence[Kept], sign: float, budget_bytes: int) -> list[tupl
 
     A trial without an end keeps its last checkpoint and its best epoch's; an ended one its best epoch's. When these
     and one more checkpoint for each trial that may be saving take more than the budget, the worst go first. The last
-    ones of trials without an end, and the best of all, always stay.
+    ones of trials without an end, the best of all, and the best of those that ended, always stay.
     """
     unneeded = [one for one in kept if one.value is None and not (one.open and one.last)]
     gone = [(one.trial, one.epoch) for one in unneeded]
@@ -39,8 +39,12 @@ def to_delete(kept: Sequence[Kept], sign: float, budget_bytes: int) -> list[tupl
     def quality(one: Kept) -> float:
         return sign * one.value if one.value is not None else -math.inf
 
-    best = max(needed, key=lambda one: (quality(one), -one.trial), default=None)
-    spare = [one for one in needed if one is not best and not (one.open and one.last)]
+    def best_of(some: Sequence[Kept]) -> Kept | None:
+        return max(some, key=lambda one: (quality(one), -one.trial), default=None)
+
+    # A trial without an end may still fail, and then the best is one that ended.
+    best = (best_of(needed), best_of([one for one in needed if not one.open]))
+    spare = [one for one in needed if one not in best and not (one.open and one.last)]
     for one in sorted(spare, key=quality):
         if total <= room:
             break
