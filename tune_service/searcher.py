@@ -57,15 +57,18 @@ class StudySampler(BaseSampler):
         self._storage = InMemoryStorage()
         self._view = optuna.create_study(storage=self._storage, direction=direction)
         self._seen: dict[int, tuple[int, OptunaState]] = {}
+        """Number -> trial id in the view, state there."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        self._refresh(study, trial)
+        self._refresh(study)
         return self._sampler(trial).infer_relative_search_space(self._view, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._sampler(trial).sample_relative(self._view, trial, search_space)
+        # TPE notes on the trial what it suggests, for its constant liar: it must be the view's trial.
+        shown = self._storage.get_trial(self._seen[trial.number][0])
+        return self._sampler(trial).sample_relative(self._view, shown, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -80,20 +83,32 @@ class StudySampler(BaseSampler):
             return RandomSampler(seed=seed)
         return TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
-    def _refresh(self, study: optuna.Study, asking: FrozenTrial) -> None:
+    def _refresh(self, study: optuna.Study) -> None:
         """Brings the view up to the record. Trials enter in order, so that both count them alike."""
         for trial in study.get_trials(deepcopy=False):
             view_id, state = self._seen.get(trial.number, (None, None))
-            if trial.number == asking.number or (state is not None and state.is_finished()):
+            if state is not None and state.is_finished():
                 continue
             shown = as_seen_by_sampler(trial)
             if view_id is None:
                 view_id = self._storage.create_new_trial(self._view._study_id, template_trial=shown)
-            elif shown.state.is_finished():
-                for epoch, value in shown.intermediate_values.items():
-                    self._storage.set_trial_intermediate_value(view_id, epoch, value)
-                self._storage.set_trial_state_values(view_id, shown.state, shown.values)
+            else:
+                self._update(view_id, shown)
             self._seen[trial.number] = (view_id, shown.state)
+        # A study object keeps the finished trials of its first look at them; a new one looks again.
+        self._view = optuna.load_study(study_name=self._view.study_name, storage=self._storage)
+
+    def _update(self, view_id: int, shown: FrozenTrial) -> None:
+        """Adds to a trial that has no end yet in the view: it entered when it was asked for, without parameters."""
+        known = self._storage.get_trial(view_id).params
+        for name, distribution in shown.distributions.items():
+            if name not in known:
+                value = distribution.to_internal_repr(shown.params[name])
+                self._storage.set_trial_param(view_id, name, value, distribution)
+        if shown.state.is_finished():
+            for epoch, value in shown.intermediate_values.items():
+                self._storage.set_trial_intermediate_value(view_id, epoch, value)
+            self._storage.set_trial_state_values(view_id, shown.state, shown.values)
 
 
 def as_seen_by_sampler(trial: FrozenTrial) -> FrozenTrial:
