@@ -88,7 +88,7 @@ class Driver:
             return self._failed(number, result["failure"])
         goes_on = self._report(number, result) if "epoch" in result else True
         if goes_on and result["finished"]:
-            self._record.complete(number)
+            self._complete(number)
             goes_on = False
         elif goes_on and self.stopping:
             goes_on = False  # stays without an end; the study's end puts it back in line
@@ -170,6 +170,12 @@ class Driver:
             self._record.prune(number, reason)
             return False
         return True
+
+    def _complete(self, number: int) -> None:
+        if self._notes[number].best is None:
+            self._give_up(number, f"no finite {self._objective.metric} was reported")
+        else:
+            self._record.complete(number)
 
     def _failed(self, number: int, reason: str) -> bool:
         """A rank failed. Whether the supervisor is to begin the trial again."""
