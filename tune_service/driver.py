@@ -205,7 +205,10 @@ class Driver:
     def _leave(self, number: int) -> None:
         """No supervisor holds the trial any more."""
         self._due.pop(number, None)
-        self._notes[number].open = self._record.trial(number).ended_at is None
+        trial, notes = self._record.trial(number), self._notes[number]
+        notes.open = trial.ended_at is None
+        if trial.state == "failed":
+            notes.best = None  # a failed trial is never the best one
         self._retain()
 
     def _retain(self) -> None:
@@ -232,7 +235,7 @@ class Driver:
         if self._asha is not None:
             self._asha.refill(trials)
         for trial in trials:
-            best = best_report(trial, self._objective)
+            best = best_report(trial, self._objective) if trial.state != "failed" else None
             notes = _Notes(open=trial.ended_at is None)
             if best is not None:
                 notes.best, notes.best_epoch = objective_value(best, self._objective), best.epoch
