@@ -1,0 +1,783 @@
+"""What a study does at each event, with no Ray: the tests hand the driver what supervisors would."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.samplers._tpe.sampler import _split_trials
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from tune_service.driver import GIB, STOP_POLL_S, USER_STOP, Driver
+from tune_service.record import Record, direction_of
+from tune_service.searcher import StudySampler
+from tune_service.spec import StudySpec, parse_spec
+from tune_service.status import TrialStatus
+from tune_service.storage import Storage, StudyFolder
+
+PAUSED = "interrupted: the driver was gone"
+
+
+def toy_spec(folder: Path, **sections: Any) -> StudySpec:
+    """A trainable of one's own, 9 epochs, no scheduler; `sections` replace these."""
+    spec = {
+        "name": "toy",
+        "trainable": "toy_module:train",
+        "training": {"max_epochs": 9},
+        "search_space": {"x": {"uniform": [0.0, 1.0]}, "depth": {"choice": [1, 2, 4]}},
+        "objective": {"metric": "score"},
+        "scheduler": {"name": "none"},
+        "budget": {"trials": 16},
+    }
+    return parse_spec(spec | sections, folder)
+
+
+class HandDriven:
+    """A study whose supervisors are played by the test."""
+
+    def __init__(self, root: Path, **sections: Any) -> None:
+        self.spec = toy_spec(root, **sections)
+        self.storage = Storage(root / "studies")
+        self.folder = self.storage.create(self.spec.name)
+        self.told: list[str] = []
+        self._lease = ExitStack()
+        self._lease.enter_context(self.folder.driving())
+        stored = self.spec.to_mapping() | {"folder": str(root)}
+        self.record = Record.create(self.folder, stored, self._sampler())
+        self.driver = Driver(self.spec, self.record, self.told.append)
+
+    def _sampler(self) -> StudySampler:
+        sampler = self.spec.sampler
+        return StudySampler(sampler.name, sampler.seed, direction_of(self.spec.objective.mode))
+
+    def kill(self) -> None:
+        """The driver's process is gone, at whatever it was."""
+        self._lease.close()
+
+    def end(self, reason: str = USER_STOP) -> None:
+        """The driver ends in order."""
+        self.record.pause_all(reason)
+        self.kill()
+
+    def resume(self, budget: int | None = None) -> None:
+        """What `tune-service resume` does before the first trial."""
+        self.kill()
+        self._lease.enter_context(self.folder.driving())
+        self.record = Record.open(self.folder, self._sampler())
+        if budget is not None:
+            self.record.set_budget(budget)
+        self.record.clear_stop()
+        self.record.set_failure(None)
+        self.record.pause_all(PAUSED)
+        self.driver = Driver(self.spec, self.record, self.told.append)
+
+    def begin(self) -> int:
+        """Starts the next trial, which must exist."""
+        asked = self.driver.ask()
+        assert asked is not None
+        self.driver.started(asked.number)
+        return asked.number
+
+    def report(self, number: int, epoch: int, score: float, num_bytes: int | None = None, **others: float) -> bool:
+        """One report; with a checkpoint of `num_bytes` bytes when that is given. Whether the trial goes on."""
+        store, metrics = self.folder.checkpoints, {"score": score} | others
+        if num_bytes is not None:
+            (store.stage(number, epoch) / "weights").write_bytes(b"w" * num_bytes)
+            store.commit(number, epoch, metrics)
+        return self.driver.result(
+            {
+                "number": number,
+                "next_within_s": 60.0,
+                "epoch": epoch,
+                "metrics": list(metrics.items()),
+                "checkpoint_bytes": num_bytes,
+                "finished": epoch >= self.spec.max_epochs,
+            }
+        )
+
+    def finish(self, number: int) -> bool:
+        """The trainable came to its end before its last epoch."""
+        return self.driver.result({"number": number, "next_within_s": 60.0, "finished": True})
+
+    def fail(self, number: int, reason: str) -> bool:
+        return self.driver.result({"number": number, "next_within_s": 60.0, "failure": reason})
+
+    def run(self, *scores: float, num_bytes: int | None = None) -> int:
+        """A whole trial: reports `scores` from epoch 1 on, then ends if it was not stopped."""
+        number = self.begin()
+        goes_on = True
+        for epoch, score in enumerate(scores, start=1):
+            assert goes_on
+            goes_on = self.report(number, epoch, score, num_bytes)
+        if goes_on:
+            self.finish(number)
+        return number
+
+    def crash(self, reason: str) -> int:
+        """A whole trial that fails each time it is started."""
+        number = self.begin()
+        while self.fail(number, reason):
+            pass
+        return number
+
+    def trial(self, number: int) -> TrialStatus:
+        return self.record.status().trials[number]
+
+    def params(self) -> list[dict[str, Any]]:
+        return [trial.params for trial in self.record.trials()]
+
+
+def optuna_trials(folder: StudyFolder) -> list[FrozenTrial]:
+    """The trials as Optuna's own tools read them."""
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
+    return optuna.load_study(study_name=folder.name, storage=storage).trials
+
+
+ASHA = {"name": "asha", "grace_period": 1, "reduction_factor": 3}
+
+
+# ---- how trials end
+
+
+def test_a_trial_that_asha_stopped_is_pruned_with_every_value_also_the_last(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, scheduler=ASHA)
+    first, second = study.begin(), study.begin()
+    assert [study.report(first, epoch, score) for epoch, score in [(1, 0.6), (2, 0.7), (3, 0.8)]] == [True] * 3
+    assert study.report(second, 1, 0.65) and study.report(second, 2, 0.9)
+    assert not study.report(second, 3, 0.75)  # rung 3: the second of two, and ceil(2 / 3) = 1 goes on
+
+    trial = study.trial(second)
+    assert (trial.state, trial.reason) == ("pruned", "asha: epoch 3, rank 2 of 2")
+    assert [report.metrics["score"] for report in trial.reports] == [0.65, 0.9, 0.75]
+    assert trial.ended_at is not None
+    found = optuna_trials(study.folder)[second]
+    assert found.state == OptunaState.PRUNED
+    assert found.intermediate_values == {1: 0.65, 2: 0.9, 3: 0.75}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("metric", ["train_loss", "eval_loss", "score"])
+def test_a_trial_with_a_loss_or_objective_that_is_not_finite_ends_at_that_report(
+    tmp_path: Path, metric: str, bad: float
+) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    assert study.report(number, 1, 0.5, train_loss=1.0, eval_loss=1.0)
+    metrics = {"score": 0.6, "train_loss": 1.0, "eval_loss": 1.0} | {metric: bad}
+    assert not study.report(number, 2, **metrics)
+    trial = study.trial(number)
+    assert (trial.state, trial.reason) == ("pruned", f"diverged: {metric} is {bad} at epoch 2")
+    assert [report.epoch for report in trial.reports] == [1, 2]
+    assert trial.reports[1].metrics[metric] is None
+
+
+def test_another_metric_may_be_nan(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    assert study.report(number, 1, 0.5, eval_f1=math.nan)
+
+
+def test_a_diverged_trial_is_the_worst_of_all_for_tpe(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, scheduler=ASHA)
+    diverged_with_value = study.begin()
+    study.report(diverged_with_value, 1, 0.98)
+    study.report(diverged_with_value, 2, 0.97, train_loss=math.inf)
+    diverged = study.run(0.99, math.nan)
+    completed, pruned = study.run(0.99, 0.3), study.run(0.2)
+    assert study.trial(pruned).reason == "asha: epoch 1, rank 4 of 4"
+    study.begin()  # brings the sampler's view up to date
+
+    view = study.record._study.sampler._view
+    order = []
+    for n in range(1, 5):
+        below, _ = _split_trials(view, view.trials, n)
+        order += [trial.number for trial in below if trial.number not in order]
+    assert order[:2] == [completed, pruned]
+    assert set(order[2:]) == {diverged, diverged_with_value}
+
+
+def test_tpe_keeps_away_from_where_trials_diverge(tmp_path: Path) -> None:
+    # At x > 0.5 the first epoch is the best there is and the second one is nan; elsewhere trials stop at epoch 1. TPE
+    # by itself would follow the ones that came further.
+    study = HandDriven(tmp_path, budget={"trials": 40})
+    asked = []
+    while (trial := study.driver.ask()) is not None:
+        study.driver.started(trial.number)
+        asked.append(trial.params["x"])
+        if trial.params["x"] > 0.5:
+            study.report(trial.number, 1, 1.0)
+            study.report(trial.number, 2, math.nan)
+        else:
+            study.report(trial.number, 1, 0.5)
+            study.record.prune(trial.number, "asha: epoch 1, rank 2 of 2")
+    assert len(asked) == 40
+    assert sum(x <= 0.5 for x in asked[20:]) >= 16
+
+
+def test_a_trial_counts_with_its_best_epoch(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, training={"max_epochs": 3})
+    number = study.run(0.5, 0.8, 0.6)
+    assert study.trial(number).state == "completed" and study.trial(number).reason is None
+    assert optuna_trials(study.folder)[number].value == 0.8
+    best = study.record.status().best
+    assert best is not None and (best.number, best.epoch, best.value) == (number, 2, 0.8)
+
+
+def test_for_a_loss_the_best_epoch_is_the_smallest(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, training={"max_epochs": 3}, objective={"metric": "score", "mode": "min"})
+    number = study.run(0.5, 0.3, 0.4)
+    assert optuna_trials(study.folder)[number].value == 0.3
+
+
+def test_a_trial_that_comes_to_its_end_early_is_completed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.run(0.5, 0.6)
+    assert study.trial(number).state == "completed"
+    assert [report.epoch for report in study.trial(number).reports] == [1, 2]
+
+
+def test_a_trial_that_reports_nothing_has_failed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.run()
+    assert (study.trial(number).state, study.trial(number).reason) == ("failed", "no finite score was reported")
+
+
+def test_a_report_without_the_objective_ends_its_trial_at_once_and_says_what_it_has(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, objective={"metric": "accuracy"})
+    number = study.begin()
+    assert not study.report(number, 1, 0.5, loss=1.0)
+    trial = study.trial(number)
+    assert trial.state == "failed"
+    assert trial.reason == "the report of epoch 1 has no objective 'accuracy'; its metrics: loss, score"
+
+
+def test_a_crashed_trial_has_failed_with_its_reason_and_the_log_lines(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 0})
+    number = study.begin()
+    study.report(number, 1, 0.5)
+    reason = "rank 1 raised ValueError: no\nLast lines of trial-00000-rank-1.log:\nreading row 7\nValueError: no"
+    assert not study.fail(number, reason)
+    trial = study.trial(number)
+    assert (trial.state, trial.reason, trial.restarts) == ("failed", reason, 0)
+    assert [report.epoch for report in trial.reports] == [1]
+    assert optuna_trials(study.folder)[number].state == OptunaState.FAIL
+
+
+def test_whatever_comes_after_a_trials_end_changes_nothing(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.run(0.5)
+    before = study.trial(number)
+    study.driver.started(number)
+    assert not study.report(number, 2, 0.9)
+    assert not study.fail(number, "late")
+    study.driver.supervisor_lost(number, "late", final=True)
+    assert study.trial(number) == before
+
+
+def test_nothing_stays_running(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, scheduler=ASHA, budget={"trials": 12}, training={"max_epochs": 3})
+    ends: list[Callable[[], int]] = [
+        lambda: study.run(0.9, 0.9, 0.9),
+        lambda: study.run(0.1),
+        lambda: study.run(math.nan),
+        lambda: study.crash("x" * len(study.params())),
+    ]
+    for number in range(12):
+        assert ends[number % 4]() == number
+    assert study.driver.ask() is None
+    states = Counter(trial.state for trial in optuna_trials(study.folder))
+    assert states == {OptunaState.COMPLETE: 3, OptunaState.PRUNED: 6, OptunaState.FAIL: 3}
+    study.end()
+    assert study.record.status().state == "completed"
+
+
+# ---- restarts
+
+
+def test_a_restart_counts_its_epochs_on_and_writes_a_repeated_one_once(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    for epoch, score in [(1, 0.5), (2, 0.6)]:
+        assert study.report(number, epoch, score, num_bytes=10)
+    assert study.fail(number, "rank 0 died: killed")
+    assert "starting again after epoch 2" in study.told[-1]
+    assert study.report(number, 2, 0.6, num_bytes=10)  # the supervisor's first: where it goes on
+    assert study.report(number, 3, 0.7, num_bytes=10)
+    trial = study.trial(number)
+    assert [(report.epoch, report.metrics["score"]) for report in trial.reports] == [(1, 0.5), (2, 0.6), (3, 0.7)]
+    assert trial.restarts == 1 and trial.state == "running" and trial.reason is None
+    assert study.folder.journal.read_text().count('"report:2"') == 1
+
+
+def test_a_trial_without_checkpoints_begins_again_at_epoch_1_and_says_so(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    study.report(number, 1, 0.5)
+    assert study.fail(number, "rank 0 raised ValueError: no\nits log")
+    assert study.told[-1] == ("trial 0: rank 0 raised ValueError: no; starting again at epoch 1: it has no checkpoint")
+
+
+def test_every_start_after_the_first_counts_as_a_restart(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 9})
+    number = study.begin()
+    assert study.trial(number).restarts == 0
+    study.fail(number, "rank 0 died")
+    study.driver.supervisor_lost(number, "node gone", final=False)
+    study.driver.started(number)
+    assert study.trial(number).restarts == 2
+    study.resume()
+    assert study.begin() == number
+    assert study.trial(number).restarts == 3
+
+
+def test_a_trial_that_crashes_once_more_than_its_restarts_has_failed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 2})
+    number = study.begin()
+    assert [study.fail(number, "rank 0 died") for _ in range(3)] == [True, True, False]
+    assert (study.trial(number).state, study.trial(number).restarts) == ("failed", 2)
+    study.run(0.5)  # and the study goes on
+
+
+def test_a_supervisor_that_is_lost_for_good_ends_its_trial_as_failed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    study.driver.supervisor_lost(number, "node gone", final=True)
+    trial = study.trial(number)
+    assert (trial.state, trial.reason) == ("failed", "the trial's supervisor was lost: node gone")
+
+
+def test_a_supervisor_that_is_silent_for_longer_than_it_said_is_overdue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = HandDriven(tmp_path)
+    now = 1000.0
+    monkeypatch.setattr("tune_service.driver.time.monotonic", lambda: now)
+    number, other = study.begin(), study.begin()
+    study.report(number, 1, 0.5)  # the next one within 60 s, and 30 s for the way
+    now += 89
+    assert study.driver.poll() == []
+    now += 2
+    assert study.driver.poll() == [number]  # and not `other`, which is still being set up
+    study.driver.supervisor_lost(number, "killed: overdue", final=False)
+    assert study.driver.poll() == []
+    assert study.trial(other).state == "running"
+
+
+# ---- trials that fail alike
+
+
+def test_three_trials_that_fail_alike_end_the_study_as_failed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 0, "same_error_limit": 3})
+    running = study.begin()
+    study.run(0.5)
+    for address, line in [("0x7f3a", "log a"), ("0x11bc", "log b")]:
+        study.crash(f"rank 0 raised OSError: cannot open {address} of row {len(address)}\n{line}")
+    assert not study.driver.stopping
+    study.crash("rank 0 raised OSError: cannot open 0xffff of row 99\nlog c")
+    assert study.driver.stopping and study.driver.stopping_now
+    assert study.driver.ask() is None
+    assert not study.report(running, 1, 0.5)
+    study.end("the study failed")
+    status = study.record.status()
+    assert status.state == "failed"
+    assert [trial.state for trial in status.trials] == ["paused", "completed", "failed", "failed", "failed"]
+    assert str(study.record.failure).startswith("3 trials failed alike: rank 0 raised OSError: cannot open")
+
+
+def test_trials_that_fail_in_different_ways_do_not_end_the_study(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 0})
+    for name in "abcdef":
+        study.crash(f"rank 0 raised {name}")
+    assert study.driver.ask() is not None
+
+
+@pytest.mark.parametrize("end", ["no report", "no objective", "supervisor lost"])
+def test_whatever_way_three_trials_fail_alike_the_study_ends(tmp_path: Path, end: str) -> None:
+    study = HandDriven(tmp_path)
+    for _ in range(3):
+        number = study.begin()
+        if end == "no report":
+            study.finish(number)
+        elif end == "no objective":
+            study.driver.result(
+                {
+                    "number": number,
+                    "next_within_s": 1.0,
+                    "epoch": 1,
+                    "metrics": [],
+                    "checkpoint_bytes": None,
+                    "finished": False,
+                }
+            )
+        else:
+            study.driver.supervisor_lost(number, "out of memory", final=True)
+    assert study.driver.ask() is None and study.record.failure is not None
+
+
+def test_a_study_that_failed_can_be_resumed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 0})
+    for _ in range(3):
+        study.crash("rank 0 raised OSError: disk full")
+    study.end()
+    assert study.record.status().state == "failed"
+    study.resume()
+    assert study.record.status().state == "running"
+    assert study.run(0.5) == 3
+    study.crash("rank 0 raised OSError: disk full")
+    assert not study.driver.stopping  # counted anew
+
+
+# ---- stop and resume
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_request_to_stop_pauses_trials_at_their_next_report(tmp_path: Path, now: bool) -> None:
+    study = HandDriven(tmp_path)
+    done, running = study.run(0.9), study.begin()
+    study.report(running, 1, 0.5)
+    Record.open(study.folder).request_stop(now)  # as another process does
+    assert not study.driver.stopping
+    study.driver.poll()
+    assert study.driver.stopping and study.driver.stopping_now == now
+    assert study.told == ["stopping: running trials end " + ("at once" if now else "at their next report")]
+    assert study.driver.ask() is None
+    assert not study.report(running, 2, 0.6)
+    study.end()
+    status = study.record.status()
+    assert status.state == "stopped"
+    assert [trial.state for trial in status.trials] == ["completed", "paused"]
+    trial = status.trials[running]
+    assert (trial.reason, trial.ended_at, len(trial.reports)) == ("stopped by the user", None, 2)
+    assert status.best is not None and status.best.number == done
+
+
+def test_a_request_to_stop_is_looked_for_often_but_not_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = HandDriven(tmp_path)
+    now = 1000.0
+    monkeypatch.setattr("tune_service.driver.time.monotonic", lambda: now)
+    study.driver.poll()
+    Record.open(study.folder).request_stop(False)
+    study.driver.poll()
+    assert not study.driver.stopping
+    now += STOP_POLL_S
+    study.driver.poll()
+    assert study.driver.stopping
+
+
+def test_a_last_epoch_that_comes_while_the_study_stops_still_completes_its_trial(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, training={"max_epochs": 2}, scheduler=ASHA)
+    numbers = [study.begin() for _ in range(3)]
+    study.record.request_stop(False)
+    study.driver.poll()
+    assert not study.report(numbers[0], 2, 0.9)
+    assert not study.report(numbers[1], 1, math.nan)
+    assert not study.fail(numbers[2], "rank 0 died")
+    study.end()
+    assert [trial.state for trial in study.record.trials()] == ["completed", "pruned", "paused"]
+
+
+def test_resume_asks_for_paused_trials_first_with_their_numbers_and_params(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    study.run(0.5)
+    paused = [study.begin(), study.begin()]
+    study.report(paused[1], 1, 0.7)
+    before = study.params()
+    study.end()
+    assert [trial.state for trial in study.record.trials()] == ["completed", "paused", "paused"]
+    study.resume()
+    asked = [study.driver.ask() for _ in range(3)]
+    assert [each and each.number for each in asked] == [1, 2, 3]
+    assert [each and each.params for each in asked[:2]] == before[1:]
+    study.driver.started(2)
+    assert study.report(2, 2, 0.8)
+    assert [report.epoch for report in study.trial(2).reports] == [1, 2]
+    assert (study.trial(2).state, study.trial(2).restarts, study.trial(2).reason) == ("running", 1, None)
+
+
+def test_a_trial_of_a_killed_driver_goes_on_first_too(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    study.report(number, 1, 0.7)
+    study.kill()
+    status = study.record.status()
+    assert status.state == "interrupted"
+    assert (status.trials[0].state, status.trials[0].reason) == ("paused", "interrupted: the driver is gone")
+    study.resume()
+    assert (study.trial(number).state, study.trial(number).reason) == ("paused", PAUSED)
+    assert study.begin() == number
+
+
+def test_asha_knows_after_a_resume_what_it_knew_before(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, scheduler=ASHA)
+    study.run(0.8, 0.8, 0.8)
+    study.run(0.7)
+    study.kill()
+    study.resume()
+    number = study.begin()
+    assert not study.report(number, 1, 0.75)
+    assert study.trial(number).reason == "asha: epoch 1, rank 2 of 3"
+
+
+def test_asha_does_not_stop_a_trial_at_its_last_epoch(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, scheduler=ASHA, training={"max_epochs": 4})
+    study.run(0.9, 0.9, 0.9, 0.9)
+    number = study.begin()
+    assert not study.driver.result(
+        {
+            "number": number,
+            "next_within_s": 1.0,
+            "epoch": 3,
+            "metrics": [("score", 0.1)],
+            "checkpoint_bytes": None,
+            "finished": True,
+        }
+    )
+    assert study.trial(number).state == "completed"
+
+
+# ---- which trials
+
+
+def test_the_first_trial_is_the_specs_own(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, training={"max_epochs": 9, "x": 0.25, "depth": 2}, budget={"trials": 2})
+    asked = study.driver.ask()
+    assert asked is not None and (asked.number, asked.params) == (0, {"x": 0.25, "depth": 2})
+    assert study.driver.ask() is not None
+    assert study.driver.ask() is None  # the first one counts
+
+
+def test_the_budget_counts_every_trial_that_got_a_number(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, budget={"trials": 4}, scheduler=ASHA, faults={"restarts_per_trial": 0})
+    study.run(0.9, 0.9, 0.9)
+    study.run(0.1)
+    study.run(math.nan)
+    study.crash("rank 0 died")
+    assert study.driver.ask() is None
+    study.end()
+    assert study.record.status().state == "completed"
+    study.resume(budget=5)
+    assert study.run(0.1) == 4
+    assert study.driver.ask() is None
+
+
+def score_of(params: dict[str, Any]) -> float:
+    return 1.0 - (params["x"] - 0.3) ** 2 - 0.01 * params["depth"]
+
+
+def play(study: HandDriven, until: int) -> None:
+    """Runs whole trials, one after the other, until the study has `until` of them."""
+    while len(study.params()) < until:
+        number = study.begin()
+        study.report(number, 1, score_of(study.params()[number]))
+        study.finish(number)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_the_same_spec_and_seed_give_the_same_trials(tmp_path: Path, sampler: str) -> None:
+    found = []
+    for folder, seed in [("a", 5), ("b", 5), ("c", 6)]:
+        study = HandDriven(tmp_path / folder, sampler={"name": sampler, "seed": seed})
+        play(study, until=16)
+        found.append(study.params())
+    assert found[0] == found[1] != found[2]
+    assert len({params["x"] for params in found[0]}) == 16  # and none of them twice
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("reopened_at", [(1,), (6, 13)])
+def test_a_study_reopened_half_way_gives_the_same_further_trials(
+    tmp_path: Path, sampler: str, reopened_at: tuple[int, ...]
+) -> None:
+    undisturbed = HandDriven(tmp_path / "undisturbed", sampler={"name": sampler})
+    play(undisturbed, until=16)
+    study = HandDriven(tmp_path / "reopened", sampler={"name": sampler})
+    for until in reopened_at:
+        play(study, until)
+        study.kill()
+        study.resume()
+    play(study, until=16)
+    assert study.params() == undisturbed.params()
+
+
+def play_in_pairs(study: HandDriven, until: int, killed_with: int | None = None) -> None:
+    """Two trials at a time, the second one ends first; the driver is killed when trial `killed_with` has begun."""
+    while len(study.params()) < until:
+        pair = [study.begin(), study.begin()]
+        if killed_with in pair:
+            study.kill()
+            study.resume()
+            assert [study.begin(), study.begin()] == pair
+        for number in reversed(pair):
+            study.report(number, 1, score_of(study.params()[number]))
+            study.finish(number)
+
+
+@pytest.mark.parametrize("killed_with", [3, 17, 31])
+def test_trials_that_were_running_at_the_kill_change_no_later_trial(tmp_path: Path, killed_with: int) -> None:
+    undisturbed = HandDriven(tmp_path / "undisturbed", budget={"trials": 40})
+    play_in_pairs(undisturbed, until=40)
+    study = HandDriven(tmp_path / "killed", budget={"trials": 40})
+    play_in_pairs(study, until=40, killed_with=killed_with)
+    assert study.params() == undisturbed.params()
+
+
+def test_a_trial_whose_driver_was_killed_before_it_had_params_gets_those_of_an_undisturbed_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, study = HandDriven(tmp_path / "undisturbed"), HandDriven(tmp_path / "killed")
+    for each in (undisturbed, study):
+        play(each, until=12)
+        each.begin()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "ask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        study.driver.ask()
+    study.kill()
+    assert [trial.state for trial in study.record.trials()][12:] == ["paused", "waiting"]
+    study.resume()
+    assert study.begin() == 12
+    for each in (undisturbed, study):
+        assert each.begin() == 13
+        for number in (12, 13):
+            each.report(number, 1, score_of(each.params()[number]))
+            each.finish(number)
+        play(each, until=16)
+    assert study.params() == undisturbed.params()
+
+
+GRID = {"depth": {"choice": [1, 2]}, "name": {"choice": ["x", "y"]}}
+
+
+def test_a_grid_starts_with_the_specs_own_point_then_goes_in_order_and_ends(tmp_path: Path) -> None:
+    study = HandDriven(
+        tmp_path,
+        sampler={"name": "grid"},
+        search_space=GRID,
+        training={"max_epochs": 1, "depth": 2, "name": "x"},
+    )
+    for _ in range(4):
+        study.run(0.5)
+    assert study.driver.ask() is None
+    assert study.params() == [
+        {"depth": 2, "name": "x"},
+        {"depth": 1, "name": "x"},
+        {"depth": 1, "name": "y"},
+        {"depth": 2, "name": "y"},
+    ]
+    study.end()
+    assert study.record.status().state == "completed"  # though the budget is 16
+
+
+def test_a_grid_that_is_resumed_goes_on_at_its_next_point(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, sampler={"name": "grid"}, search_space=GRID, budget={"trials": 2})
+    study.run(0.5)
+    study.run(0.5)
+    assert study.driver.ask() is None
+    study.end()
+    assert study.record.status().state == "completed"
+    study.resume(budget=16)
+    assert study.record.status().state == "running"
+    study.run(0.5)
+    study.kill()
+    assert study.record.status().state == "interrupted"
+    study.resume()
+    study.run(0.5)
+    assert study.driver.ask() is None
+    assert [tuple(params.values()) for params in study.params()] == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
+
+
+# ---- checkpoints
+
+
+def test_a_trial_keeps_its_best_and_last_checkpoint_while_it_runs_and_then_its_best(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, training={"max_epochs": 5})
+    number = study.begin()
+    kept = []
+    for epoch, score in enumerate([0.5, 0.8, 0.6, 0.7, 0.75], start=1):
+        study.report(number, epoch, score, num_bytes=10)
+        kept.append(study.folder.checkpoints.epochs(number))
+    assert kept == [[1], [2], [2, 3], [2, 4], [2]]
+    checkpoint = study.trial(number).checkpoint
+    assert checkpoint is not None and (checkpoint.epoch, checkpoint.bytes) == (2, 10)
+
+
+def budget_of(num_bytes: int) -> dict[str, float]:
+    return {"budget_gib": num_bytes / GIB}
+
+
+def test_when_room_is_short_the_worst_trials_checkpoints_go(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(400))
+    for score in (0.5, 0.7, 0.6):
+        study.run(score, num_bytes=100)
+    assert study.folder.checkpoints.kept() == {0: [1], 1: [1], 2: [1]}
+    study.report(study.begin(), 1, 0.4, num_bytes=100)  # 400 are full, and its next one needs 100
+    assert study.folder.checkpoints.kept() == {1: [1], 2: [1], 3: [1]}
+
+
+def test_a_failed_trial_keeps_no_checkpoint_that_the_best_one_needs_room_for(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(150), faults={"restarts_per_trial": 0})
+    study.run(0.7, num_bytes=100)
+    number = study.begin()
+    study.report(number, 1, 0.9, num_bytes=100)
+    study.fail(number, "rank 0 died")
+    study.run(0.6, num_bytes=100)
+    assert study.folder.checkpoints.kept() == {0: [1]}
+    study.kill()
+    study.resume()
+    study.run(0.8, num_bytes=100)
+    best = study.record.status(deep=True).best
+    assert best is not None and (best.number, best.value) == (3, 0.8)
+    assert study.folder.checkpoints.kept() == {3: [1]}
+
+
+def test_the_checkpoints_of_a_resumed_study_are_the_ones_that_are_there(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(250))
+    study.run(0.5, num_bytes=100)
+    number = study.begin()
+    study.report(number, 1, 0.6, num_bytes=100)
+    store = study.folder.checkpoints
+    store.stage(number, 2)  # half a checkpoint of a killed writer
+    store.stage(99, 1)
+    store.commit(99, 1, {})  # and one of a trial that the record does not know
+    study.kill()
+    study.resume()
+    assert store.kept() == {0: [1], 1: [1]}
+    assert list(store.root.glob("trial-*/.*")) == []
+    study.begin()
+    study.report(number, 2, 0.7, num_bytes=100)
+    study.finish(number)
+    study.run(0.55, num_bytes=100)
+    assert store.kept() == {1: [2], 2: [1]}
+
+
+def test_an_epoch_that_the_killed_driver_never_saw_is_in_the_record_after_a_resume(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    study.report(number, 1, 0.5, num_bytes=10)
+    store = study.folder.checkpoints
+    (store.stage(number, 2) / "weights").write_bytes(b"w")
+    store.commit(number, 2, {"score": 0.6})
+    study.kill()
+    study.resume()
+    assert study.begin() == number
+    assert study.report(number, 2, 0.6, num_bytes=1)  # the supervisor's first result is its checkpoint's
+    assert [report.metrics["score"] for report in study.trial(number).reports] == [0.5, 0.6]
+
+
+def test_status_is_json_without_nan(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    study.run(0.5)
+    study.run(math.nan)
+    study.begin()
+    document = json.dumps(study.record.status().to_json(), allow_nan=False)
+    assert json.loads(document)["trials"][1]["reports"][0]["metrics"] == {"score": None}
