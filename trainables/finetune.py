@@ -75,7 +75,8 @@ class Run:
     def __init__(self, context: Context, config: FinetuneConfig) -> None:
         self.config = config
         self.rank, self.world_size = context.rank, context.world_size
-        self.device = torch.device(context.device)
+        # A rank sees its own GPU only, as device 0; `set_device` and NCCL want the number.
+        self.device = torch.device("cuda", 0) if context.device == "cuda" else torch.device("cpu")
         self.epoch = 0
         self._learning_rate = 0.0
         self.step = 0
