@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,19 @@ def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
 def grid_points(space: SearchSpace, first: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
     """Combinations of the domains' values, the last name fastest, `first` before all others; at most `limit`."""
     axes = [domain.grid() or () for domain in space.values()]
-    product = (dict(zip(space, values, strict=True)) for values in itertools.product(*axes))
+    product = (dict(zip(space, values, strict=True)) for values in _product(axes))
     start = [dict(first)] if len(first) == len(space) else []
     return list(itertools.islice(itertools.chain(start, (point for point in product if point not in start)), limit))
+
+
+def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+    """`itertools.product`, which would first put every value of a wide range into memory."""
+    if not axes:
+        yield ()
+        return
+    for value in axes[0]:
+        for rest in _product(axes[1:]):
+            yield (value, *rest)
 
 
 class StudySampler(BaseSampler):
