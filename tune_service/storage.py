@@ -72,13 +72,14 @@ class Storage:
 
     def study(self, name: str) -> StudyFolder:
         """An existing study. StudyNotFoundError otherwise."""
-        folder = StudyFolder(self.root / name)
-        if name != Path(name).name or not folder.journal.exists():
-            known = ", ".join(study.name for study in self.studies()) or "no study yet"
+        # Among those that are there: a name such as `..` would lead to another folder.
+        studies = {study.name: study for study in self.studies()}
+        if name not in studies:
+            known = ", ".join(studies) or "no study yet"
             raise StudyNotFoundError(
                 Problem("STUDY", f"is a study of the storage {self.root}", repr(name), f"one of: {known}")
             )
-        return folder
+        return studies[name]
 
     def check_free(self, name: str) -> StudyFolder:
         """The folder for a new study, nothing written yet. StudyExistsError when the name is taken."""
