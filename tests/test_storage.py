@@ -1,0 +1,221 @@
+"""Where studies lie: no name leads out of the folder, none is taken twice, and a study has one driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trainables.errors import UserError
+from tune_service.errors import StorageError, StudyExistsError, StudyNotFoundError, StudyRunningError, exit_code
+from tune_service.storage import Storage, StudyFolder, remove
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "studies")
+
+
+def create(storage: Storage, name: str) -> StudyFolder:
+    """A study as far as a storage can tell: a folder with a record in it."""
+    folder = storage.create(name)
+    folder.journal.write_text("{}\n")
+    return folder
+
+
+def test_a_storage_that_does_not_exist_yet_has_no_studies(storage: Storage) -> None:
+    assert storage.studies() == []
+    with pytest.raises(StudyNotFoundError, match="no study yet"):
+        storage.study("toy")
+    assert not storage.root.exists()
+
+
+def test_studies_come_by_name_and_a_folder_without_a_record_is_none(storage: Storage) -> None:
+    for name in ("b", "a"):
+        create(storage, name)
+    storage.create("empty")
+    (storage.root / "file").write_text("")
+    assert [study.name for study in storage.studies()] == ["a", "b"]
+    assert storage.study("a").path == storage.root / "a"
+    with pytest.raises(StudyNotFoundError, match="one of: a, b"):
+        storage.study("empty")
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "../outer", "inner/toy", "{root}/toy", "toy/", "toy/.", "../inner/toy"]
+)
+def test_a_name_that_is_no_study_of_the_folder_is_not_found_whatever_lies_there(tmp_path: Path, name: str) -> None:
+    create(Storage(tmp_path), "outer")
+    create(Storage(tmp_path / "outer"), "toy")
+    create(Storage(tmp_path / "outer" / "inner"), "toy")
+    storage = Storage(tmp_path / "outer" / "inner")
+    (storage.root / "record.journal").write_text("{}\n")
+    with pytest.raises(StudyNotFoundError):
+        storage.study(name.format(root=storage.root))
+    assert storage.study("toy").name == "toy"
+
+
+def test_a_taken_name_is_refused_and_the_refusal_tells_how_to_go_on(storage: Storage) -> None:
+    create(storage, "toy")
+    with pytest.raises(StudyExistsError) as refusal:
+        storage.create("toy")
+    assert exit_code(refusal.value) == 2
+    assert "tune-service resume toy" in refusal.value.problems[0].expected
+
+
+def test_a_folder_of_someone_elses_is_a_taken_name_too(storage: Storage) -> None:
+    (storage.root / "toy").mkdir(parents=True)
+    with pytest.raises(StudyExistsError):
+        storage.check_free("toy")
+
+
+def test_looking_whether_a_storage_can_be_written_writes_nothing(storage: Storage) -> None:
+    storage.check_writable()
+    assert not storage.root.exists()
+    storage.check_free("toy")
+    assert not storage.root.exists()
+
+
+def test_a_storage_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    storage = Storage(tmp_path / "file" / "studies")
+    with pytest.raises(StorageError, match="cannot"):
+        storage.check_writable()
+    with pytest.raises(StorageError):
+        storage.create("toy")
+
+
+def test_a_relative_storage_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = Storage(Path("studies"))
+    create(storage, "toy")
+    monkeypatch.chdir("/")
+    assert storage.study("toy").path == tmp_path / "studies" / "toy"
+
+
+def test_a_removed_study_is_gone_whole_and_says_how_large_it_was(storage: Storage) -> None:
+    folder = create(storage, "toy")
+    folder.logs.mkdir()
+    (folder.logs / "trial-00000-rank-0.log").write_bytes(b"x" * 97)
+    assert remove(folder) == 100
+    assert not folder.path.exists() and storage.studies() == []
+
+
+def test_a_study_is_no_study_any_more_from_the_first_file_that_is_removed(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create(storage, "toy")
+    monkeypatch.setattr("tune_service.storage.shutil.rmtree", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        remove(folder)
+    assert storage.studies() == []
+
+
+def test_logs_come_by_trial_and_rank(storage: Storage) -> None:
+    folder = create(storage, "toy")
+    folder.logs.mkdir()
+    for name in ("trial-00010-rank-0.log", "trial-00001-rank-1.log", "trial-00001-rank-0.log"):
+        (folder.logs / name).write_text("")
+    names = [path.name for path in folder.rank_logs()]
+    assert names == ["trial-00001-rank-0.log", "trial-00001-rank-1.log", "trial-00010-rank-0.log"]
+    assert [path.name for path in folder.rank_logs(1)] == names[:2]
+    assert folder.rank_logs(7) == []
+
+
+# ---- the lease
+
+DRIVE = """
+import sys, time
+from pathlib import Path
+from tune_service.storage import StudyFolder
+with StudyFolder(Path(sys.argv[1])).driving():
+    print("driving", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def driven(folder: StudyFolder) -> Iterator[subprocess.Popen[str]]:
+    """Another process that drives the study."""
+    command = [sys.executable, "-c", DRIVE, str(folder.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "driving\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_driver_is_refused_and_told_which_process_is_the_first(storage: Storage) -> None:
+    folder = create(storage, "toy")
+    with driven(folder) as process:
+        assert folder.driver_is_alive()
+        with pytest.raises(StudyRunningError, match=f"process {process.pid} on ") as refusal, folder.driving():
+            pass
+        assert isinstance(refusal.value, UserError) and exit_code(refusal.value) == 2
+        assert folder.driver_is_alive()
+
+
+def test_the_lease_of_a_driver_killed_with_sigkill_is_free_at_once(storage: Storage) -> None:
+    folder = create(storage, "toy")
+    with driven(folder) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not folder.driver_is_alive()
+        started = time.monotonic()
+        with folder.driving():
+            assert folder.driver_is_alive()
+            assert folder.driver_lock.read_text() == f"{os.getpid()} on {os.uname().nodename}\n"
+        assert time.monotonic() - started < 0.5
+    assert not folder.driver_is_alive()
+
+
+def test_one_process_cannot_drive_a_study_twice(storage: Storage) -> None:
+    folder = create(storage, "toy")
+    with folder.driving(), pytest.raises(StudyRunningError), folder.driving():
+        pass
+
+
+def test_the_lease_is_free_after_an_error(storage: Storage) -> None:
+    folder = create(storage, "toy")
+    with pytest.raises(KeyboardInterrupt), folder.driving():
+        raise KeyboardInterrupt
+    assert not folder.driver_is_alive()
+
+
+def test_whoever_only_looks_is_in_no_drivers_way(storage: Storage) -> None:
+    folder = create(storage, "toy")
+    assert not folder.driver_is_alive()  # and makes no file
+    assert not folder.driver_lock.exists()
+    with folder.driving():
+        pass
+    command = [sys.executable, "-c", LOOK, str(folder.path)]
+    watchers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for watcher in watchers:
+            assert watcher.stdout is not None and watcher.stdout.readline() == "looking\n"
+        for _ in range(10):
+            with folder.driving():
+                pass
+    finally:
+        for watcher in watchers:
+            with watcher:
+                watcher.kill()
+
+
+LOOK = """
+import sys
+from pathlib import Path
+from tune_service.storage import StudyFolder
+folder = StudyFolder(Path(sys.argv[1]))
+print("looking", flush=True)
+while True:
+    folder.driver_is_alive()
+"""
