@@ -24,7 +24,7 @@ from tune_service.status import (
 
 REFRESH_S = 0.5
 NUM_BEST = 5
-FILE_WIDTH = 140
+FILE_WIDTH = 240
 _STYLES = {"running": "cyan", "completed": "green", "pruned": "yellow", "failed": "red", "paused": "magenta"}
 
 
@@ -118,13 +118,14 @@ def _live_table(record: Record, trials: list[TrialStatus], rows: int) -> Table:
 def _table(objective: ObjectiveStatus, trials: list[TrialStatus], best: int | None, hidden: int) -> Table:
     caption = f"and {hidden} more trials" if hidden else None
     table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
-    table.add_column("trial", justify="right")
-    table.add_column("state")
-    table.add_column("epoch", justify="right")
-    table.add_column("last", justify="right")
-    table.add_column(f"best {objective.metric}", justify="right")
-    table.add_column("params", overflow="fold", ratio=1)
-    table.add_column("reason", overflow="ellipsis", no_wrap=True, max_width=40)
+    table.add_column("trial", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("epoch", justify="right", no_wrap=True)
+    table.add_column("last", justify="right", no_wrap=True)
+    table.add_column(f"best\n{objective.metric}", justify="right", no_wrap=True)
+    # These two give way where the terminal is narrow: a trial has one line, or the live table would not fit.
+    table.add_column("params")
+    table.add_column("reason", max_width=40)
     for trial in trials:
         last = trial.reports[-1] if trial.reports else None
         top = best_report(trial, objective)
@@ -134,10 +135,19 @@ def _table(objective: ObjectiveStatus, trials: list[TrialStatus], best: int | No
             str(last.epoch) if last else "-",
             _number(objective_value(last, objective) if last else None),
             _number(objective_value(top, objective) if top else None),
-            ", ".join(f"{name.removeprefix('model.config.')}={_short(value)}" for name, value in trial.params.items()),
-            Text((trial.reason or "").partition("\n")[0]),
+            _cut(
+                ", ".join(
+                    f"{name.removeprefix('model.config.')}={_short(value)}" for name, value in trial.params.items()
+                )
+            ),
+            _cut((trial.reason or "").partition("\n")[0]),
         )
     return table
+
+
+def _cut(text: str) -> Text:
+    """On one line, however narrow its column is."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def best_line(status: StudyStatus) -> str:
