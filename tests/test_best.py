@@ -1,0 +1,219 @@
+"""The best trial as a folder: all of it or nothing, and a spec in it that trains the trial again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_driver import HandDriven
+
+from trainables.checkpoint import MANIFEST
+from tune_service.best import export_best
+from tune_service.errors import CommandError, OutputNotEmptyError, StudyNotFoundError, exit_code
+from tune_service.spec import load_spec
+from tune_service.status import BestTrial
+
+
+def exported(study: HandDriven, out: Path) -> BestTrial:
+    return export_best("toy", out, study.storage)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> HandDriven:
+    """Trial 1 is the best, at its epoch 2, and has checkpoints."""
+    study = HandDriven(tmp_path / "work", training={"max_epochs": 9, "x": 0.25, "depth": 2, "note": "kept"})
+    study.run(0.5, num_bytes=10)
+    study.run(0.6, 0.8, 0.7, num_bytes=20)
+    return study
+
+
+def test_metrics_json_says_what_the_trial_reached(study: HandDriven, tmp_path: Path) -> None:
+    best = exported(study, tmp_path / "out")
+    params = study.params()[1]
+    assert best == BestTrial(number=1, epoch=2, value=0.8, params=params)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {
+        "study": "toy",
+        "objective": {"metric": "score", "mode": "max"},
+        "number": 1,
+        "epoch": 2,
+        "value": 0.8,
+        "params": params,
+        "metrics": {"score": 0.8},
+        "reports": [
+            {"epoch": 1, "metrics": {"score": 0.6}},
+            {"epoch": 2, "metrics": {"score": 0.8}},
+            {"epoch": 3, "metrics": {"score": 0.7}},
+        ],
+    }
+
+
+def test_config_yaml_is_a_spec_that_trains_this_trial_again(study: HandDriven, tmp_path: Path) -> None:
+    exported(study, tmp_path / "out")
+    spec = load_spec(tmp_path / "out" / "config.yaml")
+    params = study.params()[1]
+    assert spec.first_params() == params
+    assert spec.training_values == {"max_epochs": 9, "seed": 42, "note": "kept"} | params
+    assert (spec.name, spec.budget.trials, spec.scheduler.name, spec.trainable) == (
+        "toy-best",
+        1,
+        "none",
+        "toy_module:train",
+    )
+    again = HandDriven(tmp_path / "again", **{k: v for k, v in spec.to_mapping().items() if k != "name"})
+    again.run(0.8)
+    assert again.params() == [params] and again.driver.ask() is None
+
+
+def test_a_trainable_of_ones_own_gives_its_checkpoint_without_our_manifest(study: HandDriven, tmp_path: Path) -> None:
+    exported(study, tmp_path / "out")
+    assert files(tmp_path / "out") == ["checkpoint/weights", "config.yaml", "metrics.json"]
+    assert (tmp_path / "out" / "checkpoint" / "weights").read_bytes() == b"w" * 20
+
+
+def test_a_trainable_without_checkpoints_gives_config_and_metrics(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path / "work")
+    study.run(0.5)
+    exported(study, tmp_path / "out")
+    assert files(tmp_path / "out") == ["config.yaml", "metrics.json"]
+
+
+def test_finetune_gives_the_model_folder_and_neither_optimizer_nor_random_state(tmp_path: Path) -> None:
+    (tmp_path / "work" / "data").mkdir(parents=True)
+    study = HandDriven(
+        tmp_path / "work",
+        trainable="finetune",
+        model={"name": "gpt2", "config": {"n_layer": 3}},
+        data={"path": "data", "text": ["a"]},
+        training={"max_epochs": 1},
+        search_space={
+            "learning_rate": {"log_uniform": [1e-5, 1e-3]},
+            "model.config.resid_pdrop": {"uniform": [0.0, 0.3]},
+        },
+        objective={"metric": "eval_accuracy"},
+    )
+    number, store = study.begin(), study.folder.checkpoints
+    staging = store.stage(number, 1)
+    (staging / "model").mkdir()
+    for name in ("model/model.safetensors", "model/config.json", "optimizer.safetensors", "rng-0.safetensors"):
+        (staging / name).write_text(name)
+    manifest = store.commit(number, 1, {"eval_accuracy": 0.7})
+    study.driver.result(
+        {
+            "number": number,
+            "next_within_s": 1.0,
+            "epoch": 1,
+            "metrics": [("eval_accuracy", 0.7)],
+            "checkpoint_bytes": manifest.num_bytes,
+            "finished": True,
+        }
+    )
+    exported(study, tmp_path / "out")
+    assert files(tmp_path / "out") == ["config.yaml", "metrics.json", "model/config.json", "model/model.safetensors"]
+    spec = load_spec(tmp_path / "out" / "config.yaml")
+    params = study.params()[0]
+    assert spec.first_params() == params
+    assert spec.trial_settings().training.learning_rate == params["learning_rate"]
+    assert spec.trial_settings().model.config == {"n_layer": 3, "resid_pdrop": params["model.config.resid_pdrop"]}
+    assert spec.data is not None and spec.data.path == str(tmp_path / "work" / "data")
+
+
+# ---- --out
+
+
+def test_out_may_be_new_with_new_folders_above_it_or_empty(study: HandDriven, tmp_path: Path) -> None:
+    exported(study, tmp_path / "new" / "out")
+    (tmp_path / "empty").mkdir()
+    exported(study, tmp_path / "empty")
+    assert files(tmp_path / "new" / "out") == files(tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new", "work"]
+
+
+def test_a_relative_out_lies_in_the_working_directory(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    exported(study, Path("out"))
+    assert (tmp_path / "here" / "out" / "config.yaml").is_file()
+
+
+def test_an_out_that_holds_something_is_refused_and_stays_as_it_was(study: HandDriven, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "out", tmp_path / "file"):
+        with pytest.raises(OutputNotEmptyError) as refusal:
+            exported(study, out)
+        assert exit_code(refusal.value) == 2
+    assert files(tmp_path / "out") == ["mine"]
+
+
+def test_an_out_that_cannot_be_written_is_a_failure_and_leaves_nothing(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CommandError):
+        exported(study, tmp_path / "file" / "out")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tune_service.best.write_json", full)
+    with pytest.raises(CommandError, match="No space left") as failure:
+        exported(study, tmp_path / "out")
+    assert exit_code(failure.value) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "work"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("point", ["tune_service.best.write_json", "tune_service.best.fsync_tree", "os.replace"])
+def test_out_is_whole_or_absent_when_the_process_is_killed(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(point, killed)
+        exported(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    exported(study, tmp_path / "out")  # what the killed one left is no hindrance, and is gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "work"]
+
+
+# ---- which trial
+
+
+def test_a_best_trial_whose_bytes_have_changed_is_not_exported(study: HandDriven, tmp_path: Path) -> None:
+    store = study.folder.checkpoints
+    (store.folder(1, 2) / "weights").write_bytes(b"x" * 20)
+    assert exported(study, tmp_path / "next").number == 0
+    (store.folder(0, 1) / MANIFEST).unlink()
+    with pytest.raises(CommandError, match="no completed or pruned trial") as failure:
+        exported(study, tmp_path / "none")
+    assert exit_code(failure.value) == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_study_without_an_ended_trial_has_no_best(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path / "work")
+    study.report(study.begin(), 1, 0.5)
+    with pytest.raises(CommandError, match="has a best trial"):
+        exported(study, tmp_path / "out")
+    with pytest.raises(StudyNotFoundError):
+        export_best("other", tmp_path / "out", study.storage)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_runs_can_be_exported_from(study: HandDriven, tmp_path: Path) -> None:
+    study.report(study.begin(), 1, 0.9)
+    assert study.record.status().state == "running"
+    assert exported(study, tmp_path / "out").number == 1

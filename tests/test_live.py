@@ -1,0 +1,195 @@
+"""A study as people see it: one line a trial in a terminal, one line an event in a log file."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+from test_driver import ASHA, HandDriven
+
+from tune_service.live import StudyDisplay, best_line, console, study_table
+
+SPACE = {
+    "learning_rate": {"log_uniform": [1e-5, 2e-4]},
+    "batch_size": {"choice": [16, 32, 64]},
+    "weight_decay": {"uniform": [0.0, 0.1]},
+    "warmup_fraction": {"uniform": [0.0, 0.2]},
+    "model.config.resid_pdrop": {"uniform": [0.0, 0.3]},
+    "max_length": {"int_uniform": [64, 128]},
+}
+
+
+def large_study(folder: Path) -> HandDriven:
+    """64 trials, as many parameters as a recipe has, every state and long reasons."""
+    study = HandDriven(folder, search_space=SPACE, scheduler=ASHA, budget={"trials": 70}, sampler={"name": "random"})
+    for number in range(60):
+        study.run(math.nan) if number % 20 == 7 else study.run(0.5, 0.6, 0.7) if number == 0 else study.run(0.4)
+    for rank in range(2):
+        study.crash(f"rank {rank} raised OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB\nits log")
+    study.begin()
+    study.driver.ask()
+    return study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> HandDriven:
+    return large_study(tmp_path_factory.mktemp("study"))
+
+
+def lines(renderable: RenderableType, width: int) -> list[str]:
+    """What a terminal of this width shows."""
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(renderable)
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_each_of_64_trials_has_one_line_that_fits(study: HandDriven, width: int) -> None:
+    shown = lines(study_table(study.record.status()), width)
+    assert max(map(len, shown)) <= width
+    rows = [line.split() for line in shown if re.match(r" *\*?\d+ ", line)]
+    assert [row[0].lstrip("*") for row in rows] == [str(number) for number in range(64)]
+    assert len(shown) <= 64 + 2  # and the header
+    assert {row[1] for row in rows} == {"completed", "pruned", "failed", "running", "waiting"}
+
+
+def test_a_narrow_terminal_cuts_params_and_reason_and_nothing_else(study: HandDriven) -> None:
+    shown = lines(study_table(study.record.status()), 80)
+    assert shown[0].split() == ["best"]
+    assert shown[1].split() == ["trial", "state", "epoch", "last", "score", "params", "reason"]
+    assert re.match(r" *\*0  completed      3  0\.7000  0\.7000  learning_rate=\S+…", shown[2])
+    failed = next(line for line in shown if " failed " in line)
+    assert re.search(r" -  +-  +-  learning_rate=.*…  rank 0 raised.*…", failed)
+
+
+def test_in_a_file_nothing_is_cut_but_a_long_reason(study: HandDriven) -> None:
+    out = io.StringIO()
+    console(out).print(study_table(study.record.status()))
+    row = next(line for line in out.getvalue().splitlines() if " pruned " in line)
+    for name in ("learning_rate", "batch_size", "weight_decay", "warmup_fraction", "resid_pdrop", "max_length"):
+        assert f"{name}=" in row
+    assert "asha: epoch 1, rank 2 of 2" in row
+
+
+def test_where_there_is_not_room_for_all_the_best_are_shown_and_the_rest_counted(study: HandDriven) -> None:
+    shown = lines(study_table(study.record.status(), max_rows=3), 80)
+    assert [line.split()[0] for line in shown[2:5]] == ["*0", "1", "2"]
+    assert shown[5].split() == "and 61 more trials".split()
+
+
+def test_the_live_table_fits_the_terminal_with_what_runs_and_what_is_best(study: HandDriven) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, height=24, color_system=None)
+    with StudyDisplay(terminal) as display:
+        display.show(study.record)
+        assert display._live is not None
+        shown = lines(display._live.get_renderable(), 80)
+    assert len(shown) < 24 and max(map(len, shown)) <= 80
+    assert any(re.match(r" *\*0 ", line) for line in shown)
+    assert any(re.match(r" *62  running ", line) for line in shown)
+    assert any("62 of 70 trials ended | best 0.7000 (trial 0, epoch 3)" in line for line in shown)
+
+
+def test_the_last_line_names_the_best_trial_with_its_params(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, training={"x": 0.25, "depth": 2})
+    assert best_line(study.record.status()) == (
+        "no best trial: none has ended with a finite value and a whole checkpoint"
+    )
+    study.run(0.5, 0.75)
+    assert best_line(study.record.status()) == "best trial 0, epoch 2: score 0.7500 with x=0.25, depth=2"
+
+
+# ---- log files
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of the display's clock, to be set."""
+    now = [100.0]
+    monkeypatch.setattr("tune_service.live.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_file_gets_one_line_an_event(tmp_path: Path, clock: list[float]) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 0}, budget={"trials": 4})
+    out = io.StringIO()
+    with StudyDisplay(console(out)) as display:
+
+        def show() -> None:
+            clock[0] += 10.0
+            display.show(study.record)
+
+        show()
+        first = study.begin()
+        show()
+        show()  # nothing new
+        study.report(first, 1, 0.5)
+        study.report(first, 2, 0.75)
+        study.finish(first)
+        show()
+        study.report(study.begin(), 1, math.nan)
+        study.crash("rank 0 raised ValueError: no\nits log")
+        show()
+        display.tell("trial 3: its supervisor was lost (node gone); starting again")
+
+    stamped = out.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in stamped)
+    said = [line[9:] for line in stamped]
+    assert said[0] == "trial 0 running"
+    assert said[1] == (
+        "trial 0 completed after epoch 2, score 0.7500 | 1 of 4 trials ended | "
+        "best 0.7500 (trial 0, epoch 2) | about 2 min left"  # 40 s for one trial, 3 to come
+    )
+    assert said[2].startswith("trial 1 pruned after epoch 1: diverged: score is nan at epoch 1 | 3 of 4 trials ended")
+    assert said[3].startswith("trial 2 failed: rank 0 raised ValueError: no | 3 of 4")
+    assert said[4:] == ["trial 3: its supervisor was lost (node gone); starting again"]
+
+
+def test_a_resumed_study_tells_nothing_twice_and_takes_the_time_of_its_own_trials(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    study = HandDriven(tmp_path, budget={"trials": 4})
+    study.run(0.5)
+    study.run(0.6)
+    study.resume()
+    out = io.StringIO()
+    with StudyDisplay(console(out)) as display:
+        display.show(study.record)
+        study.run(0.7)
+        clock[0] += 20.0
+        display.show(study.record)
+    said = [line[9:] for line in out.getvalue().splitlines()]
+    assert said == [
+        "trial 2 completed after epoch 1, score 0.7000 | 3 of 4 trials ended | "
+        "best 0.7000 (trial 2, epoch 1) | about 20 s left"
+    ]
+
+
+def test_the_record_is_read_twice_a_second_at_most(tmp_path: Path, clock: list[float]) -> None:
+    study = HandDriven(tmp_path)
+    out = io.StringIO()
+    display = StudyDisplay(console(out))
+    display.show(study.record)
+    study.begin()
+    clock[0] += 0.4
+    display.show(study.record)
+    assert out.getvalue() == ""
+    clock[0] += 0.2
+    display.show(study.record)
+    assert out.getvalue().endswith("trial 0 running\n")
+
+
+def test_accuracy_is_shown_beside_what_the_majority_class_would_reach(tmp_path: Path, clock: list[float]) -> None:
+    study = HandDriven(tmp_path, objective={"metric": "eval_accuracy"})
+    study.record.set_baseline(0.684)
+    out = io.StringIO()
+    with StudyDisplay(console(out)) as display:
+        display.show(study.record)
+        study.report(study.begin(), 1, 0.0, eval_accuracy=0.7)
+        study.finish(0)
+        clock[0] += 1.0
+        display.show(study.record)
+    assert "majority class 0.6840" in out.getvalue()
