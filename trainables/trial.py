@@ -13,7 +13,7 @@ from ray import tune
 
 from trainables.checkpoint import CheckpointStore, Manifest
 from trainables.errors import TrialError
-from trainables.worker import Task
+from trainables.worker import START_DEADLINE_S, Task
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
 
 
@@ -29,11 +29,13 @@ class GroupShape:
 
 
 class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
-    """One `step` is one report. A failure is a result too, not an exception: it is plain data with its reason, and
-    this process, which did not fail, begins again from the last checkpoint when it is asked to go on.
+    """One `step` gets the ranks ready, or is one report. A failure is a result too, not an exception: it is plain data
+    with its reason, and this process, which did not fail, begins again from the last checkpoint when it is asked to go
+    on.
 
     A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `checkpoint_bytes` (None: none was saved)
-    and `finished`; or `failure`; and always `number` and `next_within_s`, the time until the next result is overdue.
+    and `finished`; or, without a report, `finished` alone; or `failure`; and always `number` and `next_within_s`, the
+    time until the next result is overdue.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -73,6 +75,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             if resumed is not None:
                 # A killed driver may never have seen this report; it knows its own again by the epoch.
                 return self._result(resumed.epoch, _floats(resumed.metrics), resumed)
+            return {"finished": False}  # from here on the driver waits no longer than an epoch takes
         assert self._group is not None
         report = self._group.next_report()
         if report is None:
@@ -102,9 +105,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         }
 
     def _next_within_s(self) -> float:
-        # A new group has START_DEADLINE_S for its start and again for its first report; saving comes on top.
-        cold = StepDeadline(None).seconds * 2 if self._group is None else 0.0
-        return cold + 2 * self._deadline.seconds
+        # Every report may be followed by a checkpoint, which has the same deadline.
+        return 2 * self._deadline.seconds if self._begun else START_DEADLINE_S
 
     def _new_group(self) -> WorkerGroup:
         shape = self._shape

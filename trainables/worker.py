@@ -15,6 +15,9 @@ from typing import Any
 from trainables.errors import Problem, TrainableError, TrialError
 from trainables.report import Context, Report, Trainable
 
+START_DEADLINE_S = 15 * 60.0
+"""How long the ranks of a trial may take to get ready: process start and imports. The first report of a cold group,
+which may download a model and data, has as long again."""
 LOG_LINES = 20
 """Lines of a rank's log that go into the reason of a failure."""
 

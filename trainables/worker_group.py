@@ -15,10 +15,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trainables.errors import StepDeadlineError, TrialError, WorkerLostError
-from trainables.worker import RankReport, RankWorker, Task, log_tail
+from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail
 
-START_DEADLINE_S = 15 * 60.0
-"""Process start, imports and the first report of a cold group, which may download a model and data."""
 STEP_DEADLINE_MIN_S = 60.0
 STEP_DEADLINE_FACTOR = 5.0
 
@@ -112,11 +110,12 @@ class RayWorkerGroup(WorkerGroup):
 
     def begin(self, task: Task) -> None:
         self._task = task
+        end = time.monotonic() + START_DEADLINE_S
         if not self._started:
             host, port = self._ask(lambda rank: rank.endpoint.remote(), START_DEADLINE_S, only=[0])[0]
-            self._ask(lambda rank: rank.rendezvous.remote(host, port), START_DEADLINE_S)
+            self._ask(lambda rank: rank.rendezvous.remote(host, port), end - time.monotonic())
             self._started = True
-        self._ask(lambda rank: rank.begin.remote(task), START_DEADLINE_S)
+        self._ask(lambda rank: rank.begin.remote(task), end - time.monotonic())
 
     def next_report(self) -> RankReport | None:
         started = time.monotonic()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainables.checkpoint import CheckpointStore
+from trainables.worker import START_DEADLINE_S
 from tune_service.record import AskedTrial, Record
 from tune_service.retention import Kept, to_delete
 from tune_service.scheduler import Asha
@@ -76,7 +77,7 @@ class Driver:
         if self._has_ended(number):
             return  # Tune starts a trial again whose supervisor was lost after its end; `result` will stop it
         self._record.start(number)
-        self._due[number] = math.inf  # the supervisor is being set up; the first result says when the next is due
+        self._due[number] = time.monotonic() + START_DEADLINE_S + OVERDUE_MARGIN_S
 
     def result(self, result: Mapping[str, Any]) -> bool:
         """Applies one result of a supervisor. Whether the trial goes on."""
