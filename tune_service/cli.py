@@ -60,7 +60,7 @@ def run(
 
     place = _storage(storage)
     loaded = _load(spec, overrides, name, place)
-    with _study_output(place.root / loaded.name, as_json) as display:
+    with _display(as_json) as display:
         status = run_study(loaded, place, display)
     _print_end(status, as_json)
 
@@ -76,7 +76,7 @@ def resume(
     from tune_service.study import resume_study
 
     place = _storage(storage)
-    with _study_output(place.study(study).path, as_json) as display:
+    with _display(as_json) as display:
         status = resume_study(study, trials, place, display)
     _print_end(status, as_json)
 
@@ -238,7 +238,7 @@ def demo(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) 
     from tune_service.demo import run_demo
 
     place = _storage(storage)
-    with _study_output(place.root / "demo", as_json) as display:
+    with _display(as_json) as display:
         found = run_demo(place, display)
     _print_end(found.status, as_json)
     if not as_json:
@@ -307,19 +307,12 @@ def _console() -> Console:
 
 
 @contextmanager
-def _study_output(folder: Path, as_json: bool) -> Iterator[StudyDisplay]:
-    """A display on the real output, while everything that Ray and its libraries print goes to the study's log.
-
-    With --json it is on standard error. The log is buffered until the study has its folder: a spec that is refused
-    writes nothing.
-    """
+def _display(as_json: bool) -> Iterator[StudyDisplay]:
+    """A display on standard output; with --json, which has that for its document, on standard error."""
     from tune_service.live import StudyDisplay, console
-    from tune_service.terminal import captured_output
+    from tune_service.terminal import shown_stream
 
-    with (
-        captured_output(folder / "driver.log", shown=2 if as_json else 1) as stream,
-        StudyDisplay(console(stream)) as display,
-    ):
+    with shown_stream(2 if as_json else 1) as stream, StudyDisplay(console(stream)) as display:
         yield display
 
 

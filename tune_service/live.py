@@ -38,7 +38,7 @@ class StudyDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = _live(console) if console.is_terminal else None
         self._next = 0.0
         self._began = time.monotonic()
         self._ended_before: int | None = None
@@ -92,6 +92,11 @@ class StudyDisplay:
             left_s = (time.monotonic() - self._began) / here * (record.budget_trials - num_ended)
             parts.append(f"about {_duration(left_s)} left")
         return Text(" | ".join(parts))
+
+
+def _live(console: Console) -> Live:
+    """A table that stays in place. It leaves the process's own output alone: that goes to the study's log."""
+    return Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
 
 
 def study_table(status: StudyStatus, max_rows: int | None = None) -> Table:

@@ -19,6 +19,7 @@ from tune_service.searcher import StudySampler
 from tune_service.spec import StudySpec, parse_spec
 from tune_service.status import StudyStatus
 from tune_service.storage import Storage, StudyFolder, remove
+from tune_service.terminal import output_to
 
 STOP_PATIENCE_S = 3600.0
 
@@ -114,7 +115,7 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, display: Displa
     driver = Driver(spec, record, display.tell)
     reason = USER_STOP
     try:
-        with _terminate_as_interrupt():
+        with _terminate_as_interrupt(), output_to(folder.driver_log):
             run_trials(spec, folder, driver, machine, concurrent, lambda: display.show(record))
         if record.failure is not None:
             reason = "the study failed"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,26 +11,26 @@ from typing import TextIO
 
 
 @contextmanager
-def captured_output(log: Path, shown: int) -> Iterator[TextIO]:
-    """Sends file descriptors 1 and 2, of C libraries too, to a log; yields the real one of number `shown` to write on.
+def shown_stream(descriptor: int) -> Iterator[TextIO]:
+    """Our own way to what is file descriptor 1 or 2 now, whatever that is led to later."""
+    with os.fdopen(os.dup(descriptor), "w", buffering=1) as stream:
+        yield stream
 
-    The log is appended to `log` at the end, if its folder exists by then.
-    """
+
+@contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Sends file descriptors 1 and 2, of C libraries and child processes too, to the end of a log file."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = {number: os.dup(number) for number in (1, 2)}
-    with tempfile.TemporaryFile() as captured, os.fdopen(os.dup(saved[shown]), "w", buffering=1) as stream:
-        try:
+    try:
+        with log.open("ab") as file:
             for number in saved:
-                os.dup2(captured.fileno(), number)
-            yield stream
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, descriptor in saved.items():
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-            if log.parent.is_dir():
-                captured.seek(0)
-                with log.open("ab") as file:
-                    file.write(captured.read())
+                os.dup2(file.fileno(), number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in saved.items():
+            os.dup2(descriptor, number)
+            os.close(descriptor)
