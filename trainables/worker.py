@@ -100,9 +100,9 @@ class RankWorker:
         assert self._reports is not None, "begin comes first"
         with _plain_errors(self._rank):
             self._report = _checked(next(self._reports, None), self._report)
-        if self._report is None:
-            return None
-        metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
+            if self._report is None:
+                return None
+            metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
         return RankReport(self._report.epoch, metrics, self._report.save is not None)
 
     def save(self, folder: str) -> None:
@@ -186,5 +186,8 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
         if isinstance(error, Exception):
             traceback.print_exception(error)
             sys.stderr.flush()
-            text = str(error).strip()
+            try:
+                text = str(error).strip()
+            except Exception:
+                text = ""  # the traceback in the log says as much
             raise TrialError(f"rank {self._rank} raised {type(error).__name__}{': ' if text else ''}{text}") from None
