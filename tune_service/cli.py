@@ -214,13 +214,14 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Check everything about a study that can be known before it costs anything."""
-    from tune_service.check import problems_of, run_checks
+    from tune_service.check import Check, problems_of, run_checks
     from tune_service.errors import SpecError
     from tune_service.machine import this_machine
     from tune_service.spec import load_spec
 
     loaded = load_spec(spec, overrides, name)
-    checks = run_checks(loaded, _storage(storage), this_machine())
+    # A spec that is wrong by itself has raised by now, with all its faults.
+    checks = [Check("spec", True, str(spec)), *run_checks(loaded, _storage(storage), this_machine())]
     if as_json:
         _print_json({"checks": [each.to_json() for each in checks]})
     else:

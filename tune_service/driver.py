@@ -53,6 +53,8 @@ class Driver:
         self._store: CheckpointStore = record.folder.checkpoints
         self._notes: dict[int, _Notes] = {}
         self._due: dict[int, float] = {}
+        self._faults: Counter[int] = Counter()
+        """Failures of each trial under this driver. `restarts` of the record counts resumes too, which are no fault."""
         self._failures: Counter[str] = Counter()
         self._stop: Mapping[str, Any] | None = None
         self._next_poll = 0.0
@@ -102,11 +104,12 @@ class Driver:
         self._due.pop(number, None)
         if self._has_ended(number):
             return
-        if final:
-            self._give_up(number, f"the trial's supervisor was lost: {why}")
-            self._leave(number)
+        reason = f"the trial's supervisor was lost: {why}"
+        if self._may_restart(number) and not final:
+            self._tell(f"trial {number}: {reason}; starting again")
         else:
-            self._tell(f"trial {number}: its supervisor was lost ({why}); starting again")
+            self._give_up(number, reason)
+            self._leave(number)
 
     def poll(self) -> list[int]:
         """Looks for a request to stop. Returns the trials whose supervisor is overdue and must be ended."""
@@ -180,11 +183,10 @@ class Driver:
 
     def _failed(self, number: int, reason: str) -> bool:
         """A rank failed. Whether the supervisor is to begin the trial again."""
-        restarts = self._record.trial(number).restarts
         if self.stopping:
             self._leave(number)
             return False
-        if restarts < self._spec.faults.restarts_per_trial:
+        if self._may_restart(number):
             latest = self._store.latest(number)
             where = f"after epoch {latest.epoch}" if latest else "at epoch 1: it has no checkpoint"
             self._tell(f"trial {number}: {_first_line(reason)}; starting again {where}")
@@ -193,6 +195,11 @@ class Driver:
         self._give_up(number, reason)
         self._leave(number)
         return False
+
+    def _may_restart(self, number: int) -> bool:
+        """Counts one more failure of a trial. Whether it is started again."""
+        self._faults[number] += 1
+        return self._faults[number] <= self._spec.faults.restarts_per_trial
 
     def _give_up(self, number: int, reason: str) -> None:
         """Ends a trial as failed; the study too, when too many have failed alike."""

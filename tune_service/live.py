@@ -42,7 +42,8 @@ class StudyDisplay:
         self._next = 0.0
         self._began = time.monotonic()
         self._ended_before: int | None = None
-        self._states: dict[int, str] = {}
+        self._told: dict[int, tuple[str, int]] = {}
+        """Trial -> what was last told of it: state and number of reports."""
 
     def __enter__(self) -> StudyDisplay:
         if self._live is not None:
@@ -65,7 +66,7 @@ class StudyDisplay:
         ended = [trial for trial in trials if trial.ended_at is not None]
         if self._ended_before is None:
             self._ended_before = len(ended)
-            self._states = {trial.number: trial.state for trial in ended}
+            self._told = {trial.number: (trial.state, len(trial.reports)) for trial in ended}
         best = next(iter(ranked(ended, record.objective)), None)
         summary = self._summary(record, len(ended), best)
         if self._live is not None:
@@ -73,8 +74,9 @@ class StudyDisplay:
             self._live.update(Group(_live_table(record, trials, rows), summary), refresh=True)
             return
         for trial in trials:
-            if trial.state != self._states.get(trial.number, "waiting"):
-                self._states[trial.number] = trial.state
+            news = (trial.state, len(trial.reports))
+            if news != self._told.get(trial.number, ("waiting", 0)):
+                self._told[trial.number] = news
                 self._print(_event(trial, record.objective, summary.plain if trial.ended_at else ""))
 
     def _print(self, line: str, style: str | None = None) -> None:
