@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,18 +68,30 @@ class InProcessWorkerGroup(WorkerGroup):
 
     def __init__(self) -> None:
         self._worker = RankWorker(rank=0, world_size=1, uses_gpu=False)
+        self._task: Task | None = None
 
     def begin(self, task: Task) -> None:
-        self._worker.begin(task)
+        self._task = task
+        with self._log_in_errors():
+            self._worker.begin(task)
 
     def next_report(self) -> RankReport | None:
-        return self._worker.next_report()
+        with self._log_in_errors():
+            return self._worker.next_report()
 
     def save(self, folder: Path) -> None:
-        self._worker.save(str(folder))
+        with self._log_in_errors():
+            self._worker.save(str(folder))
 
     def shutdown(self) -> None:
         self._worker.end()
+
+    @contextmanager
+    def _log_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except TrialError as error:
+            raise TrialError(_with_log(str(error), self._task, 0)) from error
 
 
 class RayWorkerGroup(WorkerGroup):
@@ -150,8 +163,10 @@ class RayWorkerGroup(WorkerGroup):
             if not ready:
                 silent = sorted(rank_of[reference] for reference in pending)
                 raise StepDeadlineError(
-                    self._with_log(
-                        f"rank {silent[0]} gave no report in {deadline_s:.0f} s; silent: {silent}", silent[0]
+                    _with_log(
+                        f"rank {silent[0]} gave no report in {deadline_s:.0f} s; silent: {silent}",
+                        self._task,
+                        silent[0],
                     )
                 )
             rank = rank_of[ready[0]]
@@ -176,16 +191,17 @@ class RayWorkerGroup(WorkerGroup):
         try:
             return ray.get(reference)
         except RayTaskError as error:
-            raise TrialError(self._with_log(str(error.cause), rank)) from None
+            raise TrialError(_with_log(str(error.cause), self._task, rank)) from None
         except (RayActorError, GetTimeoutError) as error:
-            raise WorkerLostError(self._with_log(f"rank {rank} died: {_one_line(error)}", rank)) from None
+            raise WorkerLostError(_with_log(f"rank {rank} died: {_one_line(error)}", self._task, rank)) from None
 
-    def _with_log(self, message: str, rank: int) -> str:
-        if self._task is None:
-            return message
-        path = self._task.log_file(rank)
-        tail = log_tail(path)
-        return f"{message}\nLast lines of {path.name}:\n{tail}" if tail else message
+
+def _with_log(message: str, task: Task | None, rank: int) -> str:
+    if task is None:
+        return message
+    path = task.log_file(rank)
+    tail = log_tail(path)
+    return f"{message}\nLast lines of {path.name}:\n{tail}" if tail else message
 
 
 class _RankActor(RankWorker):
