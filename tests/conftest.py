@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+
+from tune_service.local_ray import prepare_environment
+
+# Ray reads these settings when it is imported, by whichever test comes first. They are a study's: no stranger's Ray is
+# joined, and nobody reaches the tests' own.
+prepare_environment(concurrent=2)
 
 
 def _folder(variable: str, holds: str) -> Path:
@@ -28,3 +36,30 @@ def data_dir() -> Path:
 def models_dir() -> Path:
     """The folder with `minilm/` (BERT) and `smollm2/` (Llama) as Transformers saves them."""
     return _folder("TUNE_SERVICE_TEST_MODELS", "the models minilm/ and smollm2/")
+
+
+@pytest.fixture
+def as_a_rank() -> Iterator[None]:
+    """The test may take its process as a rank does: environment and the descriptors 1 and 2 are put back after it."""
+    environment = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """The part of `as_a_rank` that goes round the test itself: outside of it pytest exchanges the streams."""
+    if "as_a_rank" not in pyfuncitem.fixturenames:
+        return (yield)
+    streams, saved = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
+    with os.fdopen(1, "w", buffering=1, closefd=False) as out, os.fdopen(2, "w", buffering=1, closefd=False) as err:
+        # pytest's own streams do not write to descriptors 1 and 2; a rank redirects those.
+        sys.stdout, sys.stderr = out, err
+        try:
+            return (yield)
+        finally:
+            sys.stdout, sys.stderr = streams
+            for number, descriptor in zip((1, 2), saved, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)

@@ -1,0 +1,301 @@
+"""One rank, run here: reports in order, and every failure as text that says what happened."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainables import Context, Report
+from trainables.errors import TrainableError, TrialError
+from trainables.worker import LOG_LINES, RankReport, RankWorker, Task, log_tail, resolve
+
+pytestmark = pytest.mark.usefixtures("as_a_rank")
+
+Trainable = Callable[[Context], Any]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return Task(
+        number=3,
+        trainable="toy_trainable:counts",
+        params={"x": 0.25},
+        seed=7,
+        max_epochs=2,
+        logs=str(tmp_path / "logs"),
+        checkpoints=str(tmp_path / "checkpoints"),
+    )
+
+
+@pytest.fixture
+def begun(task: Task, monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainable], RankWorker]:
+    """A worker that has begun a trial with a trainable given as a function."""
+
+    def begin(trainable: Trainable, rank: int = 0) -> RankWorker:
+        monkeypatch.setattr("trainables.worker.resolve", lambda *_: trainable)
+        worker = RankWorker(rank, 1, uses_gpu=False)
+        worker.begin(task)
+        return worker
+
+    return begin
+
+
+def log(task: Task, rank: int = 0) -> str:
+    return task.log_file(rank).read_text()
+
+
+# ---- reports
+
+
+def test_reports_come_in_epoch_order_and_then_none(task: Task) -> None:
+    worker = RankWorker(0, 1, uses_gpu=False)
+    worker.begin(task)
+    assert [worker.next_report() for _ in range(4)] == [
+        RankReport(1, {"score": 0.25}, saves=True),
+        RankReport(2, {"score": 0.5}, saves=True),
+        None,
+        None,
+    ]
+
+
+def test_a_trainable_is_told_all_that_its_context_promises(
+    task: Task, begun: Callable[..., RankWorker], tmp_path: Path
+) -> None:
+    seen: list[Context] = []
+
+    def train(context: Context) -> Iterator[Report]:
+        seen.append(context)
+        yield Report(1, {})
+
+    worker = begun(train, rank=2)
+    assert seen == []  # begin trains nothing yet
+    worker.next_report()
+    assert seen == [
+        Context(
+            params={"x": 0.25}, rank=2, world_size=1, device="cpu", resume_from=None, seed=7, max_epochs=2, settings={}
+        )
+    ]
+
+
+def test_numbers_of_any_kind_are_metrics_also_the_ones_that_are_not_finite(
+    begun: Callable[..., RankWorker],
+) -> None:
+    import numpy as np
+
+    metrics = {"whole": 1, "half": np.float32(0.5), "one": np.array(1.0), "nan": math.nan}
+    report = begun(lambda context: [Report(1, metrics)]).next_report()
+    assert report is not None and not report.saves
+    assert {name: type(value) for name, value in report.metrics.items()} == dict.fromkeys(metrics, float)
+    assert report.metrics["half"] == 0.5 and math.isnan(report.metrics["nan"])
+
+
+def test_save_writes_the_moment_of_the_last_report(task: Task, tmp_path: Path) -> None:
+    worker = RankWorker(0, 1, uses_gpu=False)
+    worker.begin(task)
+    worker.next_report()
+    worker.save(str(tmp_path))
+    assert (tmp_path / "rank-0").read_text() == "1"
+
+
+def test_the_next_trial_begins_when_the_one_before_has_cleaned_up(
+    task: Task, begun: Callable[..., RankWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened = []
+
+    def train(context: Context) -> Iterator[Report]:
+        happened.append("begin")
+        try:
+            yield Report(1, {})
+            yield Report(2, {})
+        finally:
+            happened.append("cleaned up")
+
+    worker = begun(train)
+    worker.next_report()
+    worker.begin(task)
+    worker.next_report()
+    worker.end()
+    worker.end()
+    assert happened == ["begin", "cleaned up"] * 2
+
+
+# ---- failures
+
+
+def failure(worker: RankWorker) -> TrialError:
+    """The error of the next report that is one."""
+    with pytest.raises(TrialError) as raised:
+        while worker.next_report() is not None:
+            pass
+    assert type(raised.value) is TrialError
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # noqa: S301  (Ray sends it so)
+    return raised.value
+
+
+def test_an_exception_becomes_text_with_its_rank_class_and_message_and_its_traceback_is_in_the_log(
+    task: Task,
+) -> None:
+    worker = RankWorker(1, 2, uses_gpu=False)
+    worker.begin(Task(**{**vars(task), "trainable": "toy_trainable:fails"}))
+    assert str(failure(worker)) == "rank 1 raised ValueError: row 8 is no row"
+    text = log(task, rank=1)
+    assert text.startswith("reading row 7\nTraceback")
+    assert 'toy_trainable.py", line' in text and text.endswith("ValueError: row 8 is no row\n")
+
+
+def test_an_exception_that_cannot_be_pickled_becomes_text_too(task: Task) -> None:
+    worker = RankWorker(0, 1, uses_gpu=False)
+    worker.begin(Task(**{**vars(task), "trainable": "toy_trainable:raises_unpicklable"}))
+    assert str(failure(worker)) == "rank 0 raised UnpicklableError: one line\nand another"
+
+
+class MuteError(Exception):
+    """Has no text, and fails when it is asked for it."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError(), "rank 0 raised ValueError"),
+        (KeyError("x"), "rank 0 raised KeyError: 'x'"),
+        (StopIteration("early"), "rank 0 raised RuntimeError: generator raised StopIteration"),
+        (MuteError(), "rank 0 raised MuteError"),
+        (TrialError("rank 9 raised it"), "rank 0 raised TrialError: rank 9 raised it"),
+    ],
+)
+def test_every_exception_has_a_text(begun: Callable[..., RankWorker], error: Exception, text: str) -> None:
+    def train(context: Context) -> Iterator[Report]:
+        yield Report(1, {})
+        raise error
+
+    assert str(failure(begun(train))) == text
+
+
+@pytest.mark.parametrize("metrics", [{"score": "high"}, {"score": None}, {"score": [1, 2]}, [0.5], None])
+def test_metrics_that_are_no_numbers_are_a_failure_of_the_rank(begun: Callable[..., RankWorker], metrics: Any) -> None:
+    assert str(failure(begun(lambda context: [Report(1, metrics)]))).startswith("rank 0 raised ")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "found"),
+    [
+        ([1, 1], "epoch 1 after epoch 1; expected epoch 2"),
+        ([3, 2], "epoch 2 after epoch 3; expected epoch 4"),
+        ([0], "epoch 0 after epoch 0; expected epoch 1"),
+        (["1"], "epoch '1' after epoch 0"),
+        ([1.0], "epoch 1.0 after epoch 0"),
+    ],
+)
+def test_epochs_must_count_up_from_1(begun: Callable[..., RankWorker], epochs: list[Any], found: str) -> None:
+    error = failure(begun(lambda context: [Report(epoch, {}) for epoch in epochs]))
+    assert found in str(error) and "TrainableError" in str(error)
+
+
+def test_a_trial_that_goes_on_may_begin_at_a_later_epoch(begun: Callable[..., RankWorker]) -> None:
+    report = begun(lambda context: [Report(5, {})]).next_report()
+    assert report is not None and report.epoch == 5
+
+
+@pytest.mark.parametrize("yielded", [{"score": 0.5}, 0.5, "report", (1, {})])
+def test_anything_else_than_a_report_is_refused_with_what_is_right(
+    begun: Callable[..., RankWorker], yielded: object
+) -> None:
+    text = str(failure(begun(lambda context: [yielded])))
+    assert f"yields trainables.Report; found a {type(yielded).__name__}" in text
+
+
+def test_a_trainable_that_is_no_generator_fails_when_it_begins(begun: Callable[..., RankWorker]) -> None:
+    with pytest.raises(TrialError, match="rank 0 raised .*None"):
+        begun(lambda context: None)
+
+
+def test_a_failed_save_is_a_failure_of_the_rank(begun: Callable[..., RankWorker], tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    worker = begun(lambda context: [Report(1, {}, full)])
+    worker.next_report()
+    with pytest.raises(TrialError, match=r"rank 0 raised OSError.*No space left"):
+        worker.save(str(tmp_path))
+
+
+def test_ctrl_c_is_no_failure_of_a_trial(begun: Callable[..., RankWorker]) -> None:
+    def train(context: Context) -> Iterator[Report]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        begun(train).next_report()
+
+
+# ---- which trainable
+
+
+def test_a_trainable_is_found_beside_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", ["/nowhere"])
+    (tmp_path / "beside_the_spec.py").write_text("def train(context): yield")
+    assert resolve("beside_the_spec:train", str(tmp_path)).__name__ == "train"
+
+
+def test_a_module_without_the_function_is_refused(tmp_path: Path) -> None:
+    for name in ("toy_trainable:nothing", "toy_trainable:__doc__"):
+        with pytest.raises(TrainableError, match="module toy_trainable has no function"):
+            resolve(name, None)
+
+
+# ---- logs and environment
+
+
+def test_each_trial_and_rank_has_a_log_of_its_own_with_what_c_code_writes_too(
+    task: Task, begun: Callable[..., RankWorker]
+) -> None:
+    def train(context: Context) -> Iterator[Report]:
+        print("printed")
+        os.write(1, b"written\n")
+        os.write(2, b"an error\n")
+        yield Report(1, {})
+
+    worker = begun(train)
+    worker.next_report()
+    worker.begin(Task(**{**vars(task), "number": 4}))
+    worker.next_report()
+    print("after")
+    assert log(task) == "printed\nwritten\nan error\n"
+    assert log(Task(**{**vars(task), "number": 4})).endswith("an error\nafter\n")
+
+
+def test_a_restart_adds_to_the_log(task: Task) -> None:
+    for _ in range(2):
+        worker = RankWorker(0, 1, uses_gpu=False)
+        worker.begin(task)
+        worker.next_report()
+    assert log(task) == "rank 0 at epoch 1\n" * 2
+
+
+def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    assert log_tail(path) == ""
+    path.write_text("".join(f"line {number}\n" for number in range(10_000)))
+    assert log_tail(path).splitlines() == [f"line {number}" for number in range(10_000 - LOG_LINES, 10_000)]
+    path.write_bytes(b"\xff\xfe binary\n" + b"x" * 100_000)
+    assert log_tail(path) == "x" * 16_384
+    path.write_bytes(b"a\n\xff\n")
+    assert log_tail(path) == "a\n\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_rank_on_the_cpu_sees_no_gpu_and_one_on_a_gpu_sees_the_one_it_was_given() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+    RankWorker(1, 2, uses_gpu=True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    RankWorker(1, 2, uses_gpu=False).rendezvous("127.0.0.1", 4000)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+    assert [os.environ[name] for name in names] == ["1", "2", "0", "127.0.0.1", "4000", ""]
