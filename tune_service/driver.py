@@ -187,8 +187,8 @@ class Driver:
             self._leave(number)
             return False
         if self._may_restart(number):
-            latest = self._store.latest(number)
-            where = f"after epoch {latest.epoch}" if latest else "at epoch 1: it has no checkpoint"
+            epochs = self._store.epochs(number)
+            where = f"after epoch {epochs[-1]}" if epochs else "at epoch 1: it has no checkpoint"
             self._tell(f"trial {number}: {_first_line(reason)}; starting again {where}")
             self._record.start(number)
             return True

@@ -1,0 +1,165 @@
+"""What a spec can say: its sections, what each key means, and what stands where the user wrote nothing.
+
+A StudySpec is checked: `load_spec` and `parse_spec` of `tune_service.spec` make it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from search_spaces import RECIPES, SearchSpace, Value
+from trainables.config import DataConfig, FinetuneConfig, ModelConfig, Settings, TrainingConfig
+
+FINETUNE = "finetune"
+MODEL_PREFIX = "model.config."
+SAME_FOR_ALL_TRIALS = ("max_epochs", "seed", "precision")
+TUNABLE_FIELDS = tuple(name for name in TrainingConfig.model_fields if name not in SAME_FOR_ALL_TRIALS)
+
+
+class Objective(Settings):
+    metric: Annotated[str, Field(min_length=1)] = "eval_accuracy"
+    """What trials are compared by. Without one: stsb eval_pearson, cola eval_matthews, others eval_accuracy."""
+    mode: Literal["max", "min"] = "max"
+    """Which way is better. Without one: min for a metric that ends with `loss`, else max."""
+
+
+class SamplerSpec(Settings):
+    name: Literal["tpe", "random", "grid"] = "tpe"
+    """How the next parameters are chosen. grid needs finite domains."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class SchedulerSpec(Settings):
+    name: Literal["asha", "none"] = "asha"
+    """none: every trial runs all its epochs."""
+    grace_period: PositiveInt = 1
+    """Epochs that a trial runs before asha may stop it."""
+    reduction_factor: Annotated[float, Field(gt=1)] = 3.0
+    """About 1 / reduction_factor of the trials pass each rung."""
+
+
+class BudgetSpec(Settings):
+    trials: PositiveInt = 64
+    """Every trial that got a number counts, also one that failed."""
+    concurrent_trials: PositiveInt | None = None
+    """null: as many as fit."""
+
+
+class ResourcesSpec(Settings):
+    workers: PositiveInt = 1
+    """Ranks of one trial."""
+    gpus_per_worker: NonNegativeFloat = 1.0
+    """0: gloo on CPU. A fraction shares a GPU between trials of one worker."""
+    cpus_per_worker: PositiveFloat = 1.0
+
+
+class CheckpointSpec(Settings):
+    budget_gib: PositiveFloat = 20.0
+    """For all checkpoints of the study together, optimizer state included."""
+
+
+class FaultSpec(Settings):
+    restarts_per_trial: NonNegativeInt = 2
+    step_timeout_s: PositiveFloat | None = None
+    """Longest wait for one epoch's report. null: 5 times the slowest epoch so far, at least 60 s; first one 15 min."""
+    same_error_limit: PositiveInt = 3
+    """So many trials that fail alike end the study."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """A checked spec: `load_spec` and `parse_spec` make it, and nothing in here checks again."""
+
+    name: str
+    """Of the study: it becomes a folder and part of actor names."""
+    model: ModelConfig | None = None
+    """None only for a trainable of the user's own."""
+    data: DataConfig | None = None
+    """None only for a trainable of the user's own."""
+    training: TrainingConfig | Mapping[str, Any] = field(default_factory=TrainingConfig)
+    """Fixed values. A plain mapping for a trainable of the user's own, which may name anything; it always holds
+    max_epochs and seed."""
+    search_space: str | SearchSpace
+    """As written: the name of a recipe, or the domains themselves."""
+    objective: Objective = field(default_factory=Objective)
+    sampler: SamplerSpec = field(default_factory=SamplerSpec)
+    scheduler: SchedulerSpec = field(default_factory=SchedulerSpec)
+    budget: BudgetSpec = field(default_factory=BudgetSpec)
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+    checkpoints: CheckpointSpec = field(default_factory=CheckpointSpec)
+    faults: FaultSpec = field(default_factory=FaultSpec)
+    record: None = None
+    trainable: str = FINETUNE
+    """`finetune`, or package.module:function."""
+    folder: Path = field(default_factory=Path.cwd, compare=False)
+    """Where the spec was: a module of the user's own may lie there. Not a key of the spec."""
+
+    @property
+    def is_finetune(self) -> bool:
+        return self.trainable == FINETUNE
+
+    @property
+    def domains(self) -> SearchSpace:
+        """What is tuned: a mapping from parameter to domain."""
+        return RECIPES[self.search_space]() if isinstance(self.search_space, str) else self.search_space
+
+    @property
+    def training_values(self) -> dict[str, Any]:
+        """What `training` says, as a mapping for every kind of trainable."""
+        return self.training.model_dump() if isinstance(self.training, TrainingConfig) else dict(self.training)
+
+    @property
+    def max_epochs(self) -> int:
+        return int(self.training_values["max_epochs"])
+
+    @property
+    def seed(self) -> int:
+        """Of every trial, so that trials differ by their parameters alone."""
+        return int(self.training_values["seed"])
+
+    def first_params(self) -> dict[str, Value]:
+        """Where the first trial starts: the spec's own values where they lie in the space, else the recipe's defaults.
+
+        A parameter that has neither is left out and the sampler fills it in; on a grid it gets its first value, so that
+        the first trial is a point of the grid.
+        """
+        own = self.training_values
+        if self.model is not None:
+            own |= {MODEL_PREFIX + name: value for name, value in self.model.config.items()}
+        space, params = self.domains, dict[str, Value]()
+        for name, domain in space.items():
+            if name in own and domain.contains(own[name]):
+                params[name] = own[name]
+            elif name in space.defaults:
+                params[name] = space.defaults[name]
+            elif self.sampler.name == "grid" and (values := domain.grid()) is not None:
+                params[name] = values[0]
+        return params
+
+    def trial_settings(self) -> FinetuneConfig:
+        """What every trial of `finetune` starts from; `with_params` puts its sampled values in."""
+        assert self.model is not None and self.data is not None and isinstance(self.training, TrainingConfig)
+        return FinetuneConfig(model=self.model, data=self.data, training=self.training)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values that `parse_spec` reads back to an equal spec."""
+        mapping: dict[str, Any] = {}
+        for key in KEYS:
+            value = getattr(self, key)
+            if isinstance(value, Settings):
+                mapping[key] = value.model_dump(mode="json")
+            elif isinstance(value, SearchSpace):
+                mapping[key] = {name: domain.to_mapping() for name, domain in value.items()}
+            else:
+                mapping[key] = dict(value) if isinstance(value, Mapping) else value
+        return mapping
+
+
+KEYS = tuple(each.name for each in dataclasses.fields(StudySpec) if each.name != "folder")
+"""The top-level keys of a spec, in the order of the contract."""
