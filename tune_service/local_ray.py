@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGTERM, getsignal, signal
 
 import psutil
 
@@ -49,6 +50,7 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
     # A short path: Ray makes sockets in it, and those have room for 107 bytes.
     scratch = Path(tempfile.mkdtemp(prefix="tune-"))
     processes: list[psutil.Process] = []
+    on_sigterm = getsignal(SIGTERM)
     try:
         ray.init(
             address="local",
@@ -60,6 +62,7 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
             object_store_memory=100_000_000,
             _temp_dir=str(scratch),
         )
+        signal(SIGTERM, on_sigterm)  # Ray has put its own in its place, which ends this process in the midst of things
         yield scratch
     finally:
         processes = psutil.Process().children(recursive=True)
