@@ -347,10 +347,33 @@ def test_a_trial_that_crashes_once_more_than_its_restarts_has_failed(tmp_path: P
     study.run(0.5)  # and the study goes on
 
 
-def test_a_supervisor_that_is_lost_for_good_ends_its_trial_as_failed(tmp_path: Path) -> None:
-    study = HandDriven(tmp_path)
+def test_resumes_use_up_no_restarts(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 1})
     number = study.begin()
-    study.driver.supervisor_lost(number, "node gone", final=True)
+    for _ in range(3):
+        study.resume()
+        assert study.begin() == number
+    assert study.fail(number, "rank 0 died")
+    assert not study.fail(number, "rank 0 died")
+    assert study.trial(number).restarts == 4
+
+
+def test_lost_supervisors_and_failed_ranks_use_up_the_same_restarts(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 2})
+    number = study.begin()
+    assert study.fail(number, "rank 0 died")
+    study.driver.supervisor_lost(number, "node gone", final=False)
+    assert study.trial(number).state == "running"
+    study.driver.started(number)
+    assert not study.fail(number, "rank 0 died")
+    assert (study.trial(number).state, study.trial(number).restarts) == ("failed", 2)
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_a_supervisor_that_is_lost_for_good_ends_its_trial_as_failed(tmp_path: Path, restarts: int) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": restarts})
+    number = study.begin()
+    study.driver.supervisor_lost(number, "node gone", final=restarts > 0)
     trial = study.trial(number)
     assert (trial.state, trial.reason) == ("failed", "the trial's supervisor was lost: node gone")
 

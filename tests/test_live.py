@@ -127,6 +127,7 @@ def test_a_log_file_gets_one_line_an_event(tmp_path: Path, clock: list[float]) -
         show()
         show()  # nothing new
         study.report(first, 1, 0.5)
+        show()
         study.report(first, 2, 0.75)
         study.finish(first)
         show()
@@ -138,14 +139,14 @@ def test_a_log_file_gets_one_line_an_event(tmp_path: Path, clock: list[float]) -
     stamped = out.getvalue().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in stamped)
     said = [line[9:] for line in stamped]
-    assert said[0] == "trial 0 running"
-    assert said[1] == (
+    assert said[:2] == ["trial 0 running", "trial 0 running after epoch 1, score 0.5000"]
+    assert said[2] == (
         "trial 0 completed after epoch 2, score 0.7500 | 1 of 4 trials ended | "
-        "best 0.7500 (trial 0, epoch 2) | about 2 min left"  # 40 s for one trial, 3 to come
+        "best 0.7500 (trial 0, epoch 2) | about 2 min left"  # 50 s for one trial, 3 to come
     )
-    assert said[2].startswith("trial 1 pruned after epoch 1: diverged: score is nan at epoch 1 | 3 of 4 trials ended")
-    assert said[3].startswith("trial 2 failed: rank 0 raised ValueError: no | 3 of 4")
-    assert said[4:] == ["trial 3: its supervisor was lost (node gone); starting again"]
+    assert said[3].startswith("trial 1 pruned after epoch 1: diverged: score is nan at epoch 1 | 3 of 4 trials ended")
+    assert said[4].startswith("trial 2 failed: rank 0 raised ValueError: no | 3 of 4")
+    assert said[5:] == ["trial 3: its supervisor was lost (node gone); starting again"]
 
 
 def test_a_resumed_study_tells_nothing_twice_and_takes_the_time_of_its_own_trials(
