@@ -13,13 +13,16 @@ from tune_service.spec_draft import Draft, nearest
 from tune_service.spec_reading import explain, refusals
 from tune_service.spec_sections import TUNABLE_FIELDS, StudySpec
 
+_DATA_EXAMPLE = "{task: mrpc}, or {path: FOLDER, text: [COLUMN]}"
+
+
 def _check_needed(spec: StudySpec, draft: Draft) -> None:
     if not spec.is_finetune:
         return
     if spec.model is None:
         draft.fault("model", "`finetune` needs a model", None, "{name: gpt2}")
     if spec.data is None:
-        draft.fault("data", "`finetune` needs data", None, "{task: mrpc}, or {path: FOLDER, text: [COLUMN]}")
+        draft.fault("data", "`finetune` needs data", None, _DATA_EXAMPLE)
 
 
 def _check_data(spec: StudySpec, draft: Draft) -> None:
@@ -27,7 +30,7 @@ def _check_data(spec: StudySpec, draft: Draft) -> None:
     if data is None or not draft.sound("data.task", "data.path", "data.text"):
         return
     if data.task is None and data.path is None:
-        draft.fault("data", "data needs a task or a path", None, "{task: mrpc}, or {path: FOLDER, text: [COLUMN]}")
+        draft.fault("data", "data needs a task or a path", None, _DATA_EXAMPLE)
     elif data.task is None and data.text is None:
         draft.fault("data.text", "data without a task needs the names of its text columns", None, "[sentence]")
     elif data.task is not None and data.text is not None:
@@ -61,7 +64,8 @@ def _check_batch_size(spec: StudySpec, draft: Draft) -> None:
     uneven = [size for size in batch_sizes if size % workers]
     if uneven:
         rule = f"the batch size is over all ranks and divides by resources.workers ({workers})"
-        draft.fault(batch_key, rule, uneven, f"a multiple of {workers}, such as {_multiple(uneven[0], workers)}")
+        near = max(1, round(uneven[0] / workers)) * workers
+        draft.fault(batch_key, rule, uneven, f"a multiple of {workers}, such as {near}")
         return
     for batch, micro in itertools.product(batch_sizes, micro_sizes):
         rank_batch = batch // workers
@@ -119,7 +123,7 @@ def _check_budget(spec: StudySpec, draft: Draft) -> None:
         draft.fault("budget.trials", "an empty search space has one trial", spec.budget.trials, "1")
 
 
-_CHECKS: Sequence[Callable[[StudySpec, Draft], None]] = (
+CHECKS: Sequence[Callable[[StudySpec, Draft], None]] = (
     _check_needed,
     _check_data,
     _check_values,

@@ -17,6 +17,21 @@ from trainables.config import DataConfig, ModelConfig, Settings, TrainingConfig
 from trainables.errors import Problem
 from trainables.glue import default_metric
 from tune_service.spec_draft import Draft, nearest, show
+from tune_service.spec_sections import (
+    FINETUNE,
+    KEYS,
+    MODEL_PREFIX,
+    SAME_FOR_ALL_TRIALS,
+    TUNABLE_FIELDS,
+    BudgetSpec,
+    CheckpointSpec,
+    FaultSpec,
+    Objective,
+    ResourcesSpec,
+    SamplerSpec,
+    SchedulerSpec,
+    StudySpec,
+)
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -33,7 +48,7 @@ _SECTIONS: Mapping[str, type[Settings]] = {
 """The sections that are read alike for every kind of trainable."""
 
 
-def _read(draft: Draft, folder: Path, here: bool) -> StudySpec:
+def read_sections(draft: Draft, folder: Path, here: bool) -> StudySpec:
     """Every section with what is valid in it. Defaults stand in for what is broken, so that all checks can run."""
     for key in draft.raw:
         if key not in KEYS:
@@ -75,7 +90,8 @@ def _section(draft: Draft, key: str, kind: type[S], **stand_in: Any) -> S:
         if error["type"] == "extra_forbidden":
             draft.unknown(f"{key}.{name}", name, kind.model_fields, f"`{key}`")
         else:
-            draft.fault(key + _dotted(error["loc"]), *explain(kind, name, error))
+            inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+            draft.fault(key + inner, *explain(kind, name, error))
             draft.broken.add(f"{key}.{name}")
     refused = {error["loc"][0] for error in errors}
     return kind.model_validate(
@@ -178,14 +194,15 @@ def _existing_folder(written: str, folder: Path) -> Path | None:
 
 def _own_training(draft: Draft) -> dict[str, Any]:
     """`training` for a trainable of the user's own: anything, beside the two keys that the service itself reads."""
-    values = _mapping(draft, "training", ("max_epochs", "seed"))
+    names = ("max_epochs", "seed")
+    values = _mapping(draft, "training", names)
     _require_plain(draft, "training", values)
-    ours = {name: values.pop(name) for name in ("max_epochs", "seed") if name in values}
+    ours = {name: values.pop(name) for name in names if name in values}
     for error in refusals(TrainingConfig, ours):
         name = str(error["loc"][0])
         draft.fault(f"training.{name}", *explain(TrainingConfig, name, error))
         del ours[name]
-    return {"max_epochs": 9, "seed": 42} | ours | values
+    return TrainingConfig(**ours).model_dump(include=set(names)) | values
 
 
 def _require_plain(draft: Draft, key: str, value: object) -> None:
@@ -238,7 +255,7 @@ def _read_domains(draft: Draft, raw: Mapping[Any, Any], is_finetune: bool) -> di
         elif is_finetune and name in SAME_FOR_ALL_TRIALS:
             rule = f"{', '.join(SAME_FOR_ALL_TRIALS)} are the same for all trials"
             draft.fault(key, rule, written, f"a fixed value: training.{name}")
-        elif is_finetune and name not in TUNABLE_FIELDS and not re.match(r"model\.config\..", name):
+        elif is_finetune and name not in TUNABLE_FIELDS and not re.match(rf"{re.escape(MODEL_PREFIX)}.", name):
             rule = f"a search space names fields of `training`, or {MODEL_PREFIX}X"
             draft.fault(key, rule, name, f"{nearest(name, TUNABLE_FIELDS)}; or {MODEL_PREFIX}{name}")
         try:
