@@ -527,7 +527,8 @@ training_fields = st.fixed_dictionaries(
         "seed": st.integers(0, 2**32 - 1),
     },
 )
-text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8) | st.sampled_from(["1e-5", "1e5", "no", "~"])
+SPECIAL = ["1e-5", "1e5", "no", "~", "line\nbreaks\r\x85\u2028"]
+text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8) | st.sampled_from(SPECIAL)
 plain_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
