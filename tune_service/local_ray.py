@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIGTERM, getsignal, signal
+from signal import SIG_IGN, SIGINT, SIGTERM, getsignal, signal
 
 import psutil
 
@@ -49,26 +49,48 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
 
     # A short path: Ray makes sockets in it, and those have room for 107 bytes.
     scratch = Path(tempfile.mkdtemp(prefix="tune-"))
-    processes: list[psutil.Process] = []
-    on_sigterm = getsignal(SIGTERM)
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=gpus,
-            namespace=namespace,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=100_000_000,
-            _temp_dir=str(scratch),
-        )
-        signal(SIGTERM, on_sigterm)  # Ray has put its own in its place, which ends this process in the midst of things
+        with _own_answer_to_sigterm():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                namespace=namespace,
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=100_000_000,
+                _temp_dir=str(scratch),
+            )
         yield scratch
     finally:
-        processes = psutil.Process().children(recursive=True)
-        ray.shutdown()
-        _, alive = psutil.wait_procs(processes, timeout=5)
-        for process in alive:
-            process.kill()
-        psutil.wait_procs(alive, timeout=5)
-        shutil.rmtree(scratch, ignore_errors=True)
+        with _undisturbed():
+            processes = psutil.Process().children(recursive=True)
+            ray.shutdown()
+            _, alive = psutil.wait_procs(processes, timeout=5)
+            for process in alive:
+                process.kill()
+            psutil.wait_procs(alive, timeout=5)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _own_answer_to_sigterm() -> Iterator[None]:
+    """Goes round `ray.init`, which puts a handler in the place of ours: one that ends this process there and then."""
+    before = getsignal(SIGTERM)
+    try:
+        yield
+    except SystemExit as end:
+        raise KeyboardInterrupt(SIGTERM.name) from end
+    finally:
+        signal(SIGTERM, before)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Passes over Ctrl-C and SIGTERM while the end takes its few seconds: a second Ctrl-C would leave things behind."""
+    before = {number: signal(number, SIG_IGN) for number in (SIGINT, SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal(number, handler)
