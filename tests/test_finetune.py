@@ -273,7 +273,8 @@ def plain_logits(model_folder: Path, data: DataConfig, max_length: int) -> tuple
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from trainables.data import encode, read_texts
+    from trainables.batches import encode
+    from trainables.data import read_texts
 
     model = AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
     split = read_texts(data).splits["validation"]

@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from trainables.batches import encode, pad
 from trainables.config import DataConfig, ModelConfig
-from trainables.data import encode, pad, read_texts
+from trainables.data import read_texts
 from trainables.errors import ModelError, Problem
 from trainables.model import build_model, check_max_length, load_tokenizer, lr_lambda, make_optimizer
 

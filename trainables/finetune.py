@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from trainables import parallel
+from trainables.batches import Encoded, bucket_width, encode, epoch_batches, eval_batches, pad
 from trainables.checkpoint import read_json, write_json
 from trainables.config import DataConfig, FinetuneConfig, ModelConfig
-from trainables.data import Encoded, TextData, bucket_width, encode, epoch_batches, eval_batches, pad, read_texts
+from trainables.data import TextData, read_texts
 from trainables.glue import eval_metrics
 from trainables.model import build_model, check_max_length, load_tokenizer, lr_lambda, make_optimizer
 from trainables.report import Context, Report

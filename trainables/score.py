@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from trainables.batches import encode
 from trainables.config import DataConfig
-from trainables.data import encode, read_texts
+from trainables.data import read_texts
 
 
 def score(model_folder: str, data: DataConfig, max_length: int = 512) -> float:

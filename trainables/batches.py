@@ -1,0 +1,166 @@
+"""From texts to rows of token ids, and from rows to padded batches. numpy only: torch is never loaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainables.data import Text
+from trainables.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZE_ROWS = 1024
+"""Texts handed to the tokenizer at once: its answer is Python lists, 20 times the size of the arrays kept of it."""
+WINDOW_BATCHES = 50
+"""Batches among which rows may be exchanged to bring equal lengths together. More: less padding, less shuffling."""
+
+
+# --- Rows ---
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of unequal length, one after the other: row i is ids[offsets[i]:offsets[i + 1]]."""
+
+    ids: np.ndarray
+    """int32"""
+    offsets: np.ndarray
+    """int64, one more than rows"""
+    token_type_ids: np.ndarray | None = None
+    """As `ids`, for tokenizers that tell first from second sentence."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, at least 1."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> list[int]:
+        return [int(token) for token in self.ids[self.offsets[index] : self.offsets[index + 1]]]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> Encoded:
+    """Token ids of every row, special tokens included, none longer than `max_length`.
+
+    Two texts become what the tokenizer was made for: its own template where that separates them (BERT), else
+    A [SEP] B, since GPT-2 and Llama would run the last word of A into the first of B. The longer one is cut first.
+    """
+    is_pair = len(texts[0]) == 2
+    joins = is_pair and tokenizer.sep_token_id not in tokenizer("a", "b")["input_ids"]
+    edges = _edges(tokenizer) if joins else ([], [])
+    specials = len(edges[0]) + len(edges[1]) + 1 if joins else tokenizer.num_special_tokens_to_add(pair=is_pair)
+    shortest = specials + len(texts[0])
+    if max_length < shortest:
+        rule = "max_length leaves at least one token for each text"
+        raise DataError(
+            Problem("training.max_length", rule, str(max_length), f"at least {shortest} for this tokenizer")
+        )
+    ids: list[np.ndarray] = []
+    lengths: list[int] = []
+    types: list[np.ndarray] = []
+    for start in range(0, len(texts), TOKENIZE_ROWS):
+        batch = texts[start : start + TOKENIZE_ROWS]
+        if joins:
+            rows = list(_join_pairs(tokenizer, batch, max_length, edges))
+        else:
+            encoded = tokenizer(*map(list, zip(*batch, strict=True)), truncation=True, max_length=max_length)
+            rows = [row or [_filler(tokenizer)] for row in encoded["input_ids"]]
+            if "token_type_ids" in encoded:
+                types.append(_flat(encoded["token_type_ids"]))
+        ids.append(_flat(rows))
+        lengths += map(len, rows)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Encoded(np.concatenate(ids), offsets, np.concatenate(types) if types else None)
+
+
+def _join_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Text], max_length: int, edges: tuple[list[int], list[int]]
+) -> Iterator[list[int]]:
+    prefix, suffix = edges
+    separator = tokenizer.sep_token_id
+    assert separator is not None, "load_tokenizer gives a tokenizer without a separator one"
+    budget = max_length - len(prefix) - len(suffix) - 1
+    firsts, seconds = (
+        tokenizer(list(column), add_special_tokens=False, truncation=True, max_length=budget)["input_ids"]
+        for column in zip(*pairs, strict=True)
+    )
+    for a, b in zip(firsts, seconds, strict=True):
+        keep = max(budget - len(b), (budget + 1) // 2)
+        a = a[:keep]
+        yield [*prefix, *a, separator, *b[: budget - len(a)], *suffix]
+
+
+def _edges(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after one text, such as Llama's BOS."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
+def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The one token of an empty text: the classifier needs a last token to read, and padding is none."""
+    choices = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id)
+    return int(next(token for token in choices if token is not None and token != tokenizer.pad_token_id))
+
+
+def _flat(rows: Iterable[Sequence[int]]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
+
+
+# --- Batches ---
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row numbers of each step of one epoch: every row once, the same for any number of ranks.
+
+    Rows are shuffled, sorted by length inside windows of some batches, cut, and the batches shuffled, so that the
+    rows of a batch are about equally long and no batch says how far the epoch is. The smaller batch that may be left
+    over comes last and holds rows of any length: sorted too, it would hold the longest ones and give them more weight.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    num_full = len(order) // batch_size
+    full, rest = order[: num_full * batch_size], order[num_full * batch_size :]
+    window = WINDOW_BATCHES * batch_size
+    for start in range(0, len(full), window):
+        part = full[start : start + window]
+        full[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
+    batches = [full.reshape(num_full, batch_size)[i] for i in rng.permutation(num_full)]
+    return [*batches, rest] if len(rest) else batches
+
+
+def eval_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Row numbers of each batch, every row once, from the shortest to the longest."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def bucket_width(max_len: int, max_length: int, step: int = 8) -> int:
+    """The width a batch is padded to: few different ones, since each costs a compiled step or new kernels."""
+    return min(-(-max_len // step) * step, max_length)
+
+
+def pad(encoded: Encoded, rows: np.ndarray, pad_id: int, width: int) -> dict[str, np.ndarray]:
+    """One batch as int64 arrays (rows, width), padded on the right."""
+    starts = encoded.offsets[rows]
+    lengths = encoded.offsets[rows + 1] - starts  # not encoded.lengths, which looks at every row
+    assert lengths.max() <= width, "a batch is at least as wide as its longest row"
+    positions = np.arange(width)
+    real = positions < lengths[:, None]
+    # Positions beyond a row's end point at its first token, which the mask then replaces.
+    index = starts[:, None] + np.where(real, positions, 0)
+    batch = {
+        "input_ids": np.where(real, encoded.ids[index], pad_id).astype(np.int64),
+        "attention_mask": real.astype(np.int64),
+    }
+    if encoded.token_type_ids is not None:
+        batch["token_type_ids"] = np.where(real, encoded.token_type_ids[index], 0).astype(np.int64)
+    return batch

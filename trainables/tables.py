@@ -1,0 +1,140 @@
+"""The splits of a data set as Arrow tables: from a folder of parquet, csv or jsonl files, or from the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+from trainables.errors import DataError, Problem
+from trainables.glue import Task
+
+HUB_NAME = "nyu-mll/glue"
+
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)  # UnicodeError and JSONDecodeError are ValueErrors
+
+
+def folder_tables(
+    path: str, names: Sequence[str], wanted: Sequence[str], texts: Sequence[str], problems: list[Problem]
+) -> dict[str, pa.Table]:
+    """The wanted columns of each split that can be read, `texts` as strings; what is wrong goes to `problems`."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        found = f"{folder} is a file" if folder.exists() else f"{folder} does not exist"
+        problems.append(Problem("data.path", "the data is a folder", found, "a folder with train and validation files"))
+        return {}
+    tables = {}
+    for name in names:
+        try:
+            parts = [_read_file(file, wanted, texts) for file in _split_files(folder, name)]
+            tables[name] = pa.concat_tables(parts, promote_options="permissive")
+        except DataError as error:
+            problems.extend(error.problems)
+        except pa.ArrowException as error:
+            rule = f"the parts of {name} have the same columns"
+            problems.append(Problem("data.path", rule, str(error), "equal column types"))
+    return tables
+
+
+def _split_files(folder: Path, name: str) -> list[Path]:
+    """The file of a split, or its shards in order; in the folder itself or in its `data`. Else raises DataError."""
+    pattern = re.compile(rf"{re.escape(name)}(?:-(\d{{5}})-of-(\d{{5}}))?(?:-\w+)?\.(parquet|csv|jsonl)")
+    found: dict[tuple[Path, str, str], list[Path]] = {}
+    files = sorted(file for place in (folder, folder / "data") if place.is_dir() for file in place.iterdir())
+    for file in files:
+        match = pattern.fullmatch(file.name)
+        if match and file.is_file():
+            found.setdefault((file.parent, match[3], match[2] or ""), []).append(file)
+    there = some([str(file.relative_to(folder)) for file in files]) or "nothing"
+    if not found:
+        expected = f"{name}.parquet, {name}.csv or {name}.jsonl"
+        raise DataError(Problem("data.path", f"{folder} holds the split {name}", f"only {there}", expected))
+    if len(found) > 1:
+        raise DataError(Problem("data.path", f"{folder} holds the split {name} once", there, f"one file for {name}"))
+    (((_, _, shards), parts),) = found.items()
+    if shards and len(parts) != int(shards):
+        counted, expected = f"{len(parts)} of {int(shards)}", f"{int(shards)} files"
+        raise DataError(Problem("data.path", f"every shard of {name} is there", counted, expected))
+    return parts
+
+
+def _read_file(file: Path, wanted: Sequence[str], texts: Sequence[str]) -> pa.Table:
+    """The wanted columns of one file, as far as it has them. The others are named in the table's metadata."""
+    try:
+        match file.suffix:
+            case ".parquet":
+                names = pq.read_schema(file).names
+                table = pq.read_table(file, columns=[name for name in names if name in wanted])
+            case ".csv":
+                table = _read_csv(file, texts)
+                names = table.column_names
+                table = table.select([name for name in names if name in wanted])
+            case _:
+                table, names = _read_jsonl(file, wanted)
+    except _UNREADABLE as error:
+        found, expected = f"{type(error).__name__}: {str(error)[:300]}", f"a whole {file.suffix[1:]} file"
+        raise DataError(Problem("data.path", f"{file} can be read", found, expected)) from error
+    return table.replace_schema_metadata({"columns": json.dumps(names)})
+
+
+def all_columns(table: pa.Table) -> list[str]:
+    """Names of the columns of a split, also of those that nobody wanted."""
+    metadata = table.schema.metadata or {}
+    return list(json.loads(metadata[b"columns"])) if b"columns" in metadata else table.column_names
+
+
+def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
+    return pcsv.read_csv(
+        file,
+        parse_options=pcsv.ParseOptions(newlines_in_values=True),
+        # A text is a text even where every row looks like a number; an empty field is an empty text.
+        convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+    )
+
+
+def _read_jsonl(file: Path, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
+    """One JSON object a line. Not pyarrow's reader: it turns texts that look like dates into dates."""
+    names: dict[str, None] = {}
+    columns: dict[str, list[Any]] = {name: [] for name in wanted}
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not an object")
+            names |= dict.fromkeys(row)
+            for name, values in columns.items():
+                values.append(row.get(name))
+    return pa.table({name: pa.array(values) for name, values in columns.items() if name in names}), list(names)
+
+
+def hub_tables(task: Task | None, names: Sequence[str]) -> dict[str, pa.Table]:
+    """Every split of a GLUE task. Raises DataError when the hub cannot be reached."""
+    assert task is not None, "without a path there is a task"
+    try:
+        from datasets import load_dataset  # seconds to import, and needed only here
+
+        splits = load_dataset(HUB_NAME, task.name, split=list(names))
+    # Whatever the network, the hub or its cache raises, the way out is the same.
+    except Exception as error:
+        found = f"{type(error).__name__}: {str(error)[:300]}"
+        expected = "a network, a cache filled before, or data.path with the task's files"
+        rule = f"{HUB_NAME} ({task.name}) can be had from the hub"
+        raise DataError(Problem("data.task", rule, found, expected)) from error
+    return {name: split.with_format("arrow")[:] for name, split in zip(names, splits, strict=True)}
+
+
+def some(values: Sequence[object], most: int = 20) -> str:
+    """The values for a message, without flooding it."""
+    shown = ", ".join(str(value)[:80] for value in values[:most])
+    return f"{shown}, and {len(values) - most} more" if len(values) > most else shown
