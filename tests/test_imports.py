@@ -24,23 +24,16 @@ FORBIDDEN = {
 ONLY_IN = {
     "colossalai": {"trainables/parallel.py"},
     "ray": {
-        "trainables/worker.py",
-        "trainables/worker_group.py",
         "trainables/trial.py",
-        "tune_service/searcher.py",
-        "tune_service/scheduler.py",
+        "trainables/worker_group.py",
         "tune_service/local_ray.py",
         "tune_service/tuner.py",
-        "tune_service/study.py",
-        "tune_service/cluster.py",
     },
     "torch": {
-        "trainables/data.py",
+        "trainables/finetune.py",
         "trainables/model.py",
         "trainables/parallel.py",
-        "trainables/checkpoint.py",
-        "trainables/finetune.py",
-        "trainables/worker.py",
+        "trainables/score.py",
     },
 }
 """Libraries that a few files know."""
@@ -48,6 +41,8 @@ ONLY_IN = {
 LIGHT = (
     "search_spaces",
     "trainables",
+    "trainables.batches",
+    "trainables.data",
     "trainables.glue",
     "tune_service",
     "tune_service.spec",
