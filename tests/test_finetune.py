@@ -279,31 +279,43 @@ def plain_logits(model_folder: Path, data: DataConfig, max_length: int) -> tuple
     model = AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
     split = read_texts(data).splits["validation"]
     encoded = encode(AutoTokenizer.from_pretrained(model_folder), split.texts, max_length)
+
+    def row_logits(row: int) -> torch.Tensor:
+        begin, end = encoded.offsets[row : row + 2]
+        inputs = {"input_ids": torch.as_tensor(encoded.ids[None, begin:end].astype(np.int64))}
+        if encoded.token_type_ids is not None:  # BERT: which of the two texts a token is of
+            inputs["token_type_ids"] = torch.as_tensor(encoded.token_type_ids[None, begin:end].astype(np.int64))
+        return model(**inputs).logits[0]
+
     with torch.inference_mode():
-        rows = [model(input_ids=torch.as_tensor([list(encoded.row(row))])).logits[0] for row in range(len(split))]
+        rows = [row_logits(row) for row in range(len(split))]
     return torch.stack(rows).numpy().astype(np.float64), split.labels
 
 
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float((np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]).mean())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_exported_model_scores_exactly_what_was_reported(
-    settings: Callable[..., Settings], inputs: Path, two: Ranks, tmp_path: Path, world_size: int
+    settings: Callable[..., Settings], inputs: Path, two: Ranks, tmp_path: Path, world_size: int, precision: str
 ) -> None:
     from trainables.score import score
 
     source = {"task": "mrpc", "path": str(inputs / "odd")}
     folder = tmp_path / "checkpoint"
     if world_size == 2:
-        metrics = two.curve(settings(source), save=(2, folder))[1]
+        metrics = two.curve(settings(source, precision=precision), save=(2, folder))[1]
     else:
-        metrics = without_clock(saved(settings(source), 2, folder).metrics)
+        metrics = without_clock(saved(settings(source, precision=precision), 2, folder).metrics)
     logits, labels = plain_logits(folder / "model", DataConfig(**source), 32)
     predicted = logits.argmax(axis=1)
     assert metrics["eval_accuracy"] == score(str(folder / "model"), DataConfig(**source))
     assert metrics["eval_accuracy"] == float((predicted == labels).mean())
     right, named = ((predicted == 1) & (labels == 1)).sum(), (predicted == 1).sum() + (labels == 1).sum()
     assert metrics["eval_f1"] == pytest.approx(2 * right / named)
-    loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(41), labels]
-    assert metrics["eval_loss"] == pytest.approx(loss.mean(), abs=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(cross_entropy(logits, labels), abs=1e-5)
     assert 0 < predicted.mean() < 1  # a model that always says the same would prove little
 
 
@@ -484,6 +496,7 @@ def test_a_pretrained_model_trains_on_real_pairs(data_dir: Path, models_dir: Pat
     assert report.metrics["train_loss"] < 0.8  # ln 2 = 0.69 for a coin
     logits, labels = plain_logits(tmp_path / "checkpoint" / "model", DataConfig(**settings["data"]), 64)
     assert report.metrics["eval_accuracy"] == float((logits.argmax(axis=1) == labels).mean())
+    assert report.metrics["eval_loss"] == pytest.approx(cross_entropy(logits, labels), abs=1e-5)
     shutil.rmtree(tmp_path / "checkpoint")
 
 

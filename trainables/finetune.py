@@ -148,7 +148,8 @@ class Run:
 
     def _loss(self, model: Any, rows: np.ndarray, counts: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss of some training rows, and (loss sum, correct) for the metrics; zeros unless `counts`."""
-        logits = self._logits(model, self.data.train, rows)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):
+            logits = self._logits(model, self.data.train, rows).float()
         labels = self.train_labels[torch.as_tensor(rows, device=self.device)]
         if self.data.label_names:
             loss = functional.cross_entropy(logits, labels, reduction="sum")
@@ -161,14 +162,13 @@ class Run:
         return loss, torch.stack([loss.detach().double(), correct.double()])
 
     def _logits(self, model: Any, encoded: Encoded, rows: np.ndarray) -> torch.Tensor:
-        """fp32 logits, shape (rows, classes)."""
+        """Shape (rows, classes)."""
         training = self.config.training
         width = bucket_width(int(encoded.lengths[rows].max()), training.max_length)
         arrays = pad(encoded, rows, self.tokenizer.pad_token_id, width)
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=training.precision == "bf16"):
-            logits: torch.Tensor = model(**inputs).logits
-        return logits.float()
+        logits: torch.Tensor = model(**inputs).logits
+        return logits
 
     # Evaluation
 
@@ -184,7 +184,10 @@ class Run:
 
     @torch.inference_mode()
     def _eval_logits(self, encoded: Encoded) -> np.ndarray:
-        """The logits of a whole split on every rank, shape (rows, classes)."""
+        """The logits of a whole split on every rank, shape (rows, classes).
+
+        In fp32 whatever the training's precision: what is recorded is what the exported model scores when it is opened.
+        """
         # Evaluation holds no gradients, so that several micro batches of training fit at once.
         training = self.config.training
         batches = eval_batches(encoded.lengths, 2 * (training.micro_batch_size or training.batch_size))

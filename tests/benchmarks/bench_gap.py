@@ -1,9 +1,10 @@
 """The gap between a trial's last report and the next one's first step: a warm worker group, beside the stock way.
 
-    python tests/benchmarks/bench_gap.py [--no-stock]
+    python tests/benchmarks/bench_gap.py [--no-stock] [--gpu]
 
 Both train the demo's 2-layer GPT-2 on its data, one trial at a time. The stock way is the documented one for more than
 one worker a trial: a Ray Train TorchTrainer inside a Ray Tune function. A trial is 2 epochs.
+With --gpu ours is on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def ours(folder: Path) -> list[float]:
         "objective": {"metric": "eval_accuracy", "mode": "max"},
         "scheduler": {"name": "none"},
         "budget": {"trials": OUR_TRIALS, "concurrent_trials": 1},
-        "resources": {"workers": 1, "gpus_per_worker": 0},
+        "resources": {"workers": 1, "gpus_per_worker": int("--gpu" in sys.argv)},
     }
     file = folder / "spec.yaml"
     file.write_text(yaml.safe_dump(spec))
