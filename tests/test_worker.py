@@ -214,7 +214,7 @@ def test_anything_else_than_a_report_is_refused_with_what_is_right(
 
 
 def test_a_trainable_that_is_no_generator_fails_when_it_begins(begun: Callable[..., RankWorker]) -> None:
-    with pytest.raises(TrialError, match="rank 0 raised .*None"):
+    with pytest.raises(TrialError, match=r"rank 0 raised .*None"):
         begun(lambda context: None)
 
 
