@@ -615,3 +615,11 @@ def test_a_parsed_spec_is_not_changed_by_what_it_came_from() -> None:
     spec: StudySpec = parse_spec(written)
     written["training"]["x"] = 2
     assert spec.training_values["x"] == 1
+
+
+def test_a_section_that_stands_twice_with_a_wrong_value_is_still_a_spec_error(tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text("name: a\nbudget: {trials: 4}\nbudget: {trials: none, tirals: 3}\n")
+    with pytest.raises(SpecError) as caught:
+        load_spec(file)
+    assert any("budget" in problem.place and "twice" in problem.found for problem in caught.value.problems)

@@ -11,10 +11,6 @@ class SpecError(UserError):
     """The spec is wrong: one problem for each fault in it."""
 
 
-class StudyNameError(UserError):
-    """Not a name that a study can have."""
-
-
 class StudyNotFoundError(UserError):
     """The storage has no study of this name."""
 
@@ -37,10 +33,6 @@ class StorageError(UserError):
 
 class CommandError(UserError):
     """The input was right, but the command could not do it."""
-
-
-class StudyFailedError(CommandError):
-    """All trials of the study failed."""
 
 
 def exit_code(error: BaseException) -> int:

@@ -84,8 +84,8 @@ def _section(draft: Draft, key: str, kind: type[S], **stand_in: Any) -> S:
     values = _mapping(draft, key, kind.model_fields)
     if isinstance(values.get("text"), list):
         values["text"] = tuple(values["text"])  # strict validation takes no list for a tuple, and YAML has only lists
-    errors = refusals(kind, values) if draft.sound(key) else []
-    for error in errors:
+    errors = refusals(kind, values)
+    for error in errors if draft.sound(key) else ():  # a section that stands twice has its fault already
         name = str(error["loc"][0])
         if error["type"] == "extra_forbidden":
             draft.unknown(f"{key}.{name}", name, kind.model_fields, f"`{key}`")
