@@ -157,7 +157,7 @@ def test_damage_is_seen_by_sizes_or_by_sha256(
     assert (verify(folder, deep=False), verify(folder, deep=True)) == (shallow, False)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"format": 1}', '{"format": 2, "files": {}}', "\x80\x04"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"format": 1}', "\x80\x04"])
 def test_a_manifest_that_is_not_ours_is_refused_with_its_folder(store: CheckpointStore, text: str) -> None:
     store.stage(0, 1)
     store.commit(0, 1, {})
@@ -165,6 +165,15 @@ def test_a_manifest_that_is_not_ours_is_refused_with_its_folder(store: Checkpoin
     with pytest.raises(CheckpointError, match="epoch-0001"):
         Manifest.read(store.folder(0, 1))
     assert store.num_bytes(0, 1) == 0
+
+
+def test_a_manifest_of_another_format_is_refused_with_both_formats_named(store: CheckpointStore) -> None:
+    write(store)
+    manifest = store.folder(0, 1) / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    with pytest.raises(CheckpointError, match="format 2 is not 1"):
+        Manifest.read(store.folder(0, 1))
+    assert store.latest(0) is None
 
 
 class Bomb:

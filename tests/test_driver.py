@@ -763,6 +763,18 @@ def test_a_failed_trial_keeps_no_checkpoint_that_the_best_one_needs_room_for(tmp
     assert study.folder.checkpoints.kept() == {3: [1]}
 
 
+def test_a_trial_that_failed_just_before_its_driver_was_killed_keeps_none_either(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(150))
+    study.run(0.7, num_bytes=100)
+    number = study.begin()
+    study.report(number, 1, 0.9, num_bytes=100)
+    study.record.fail(number, "rank 0 died")
+    study.kill()
+    study.resume()
+    study.run(0.6, num_bytes=100)
+    assert study.folder.checkpoints.kept() == {0: [1]}
+
+
 def test_the_checkpoints_of_a_resumed_study_are_the_ones_that_are_there(tmp_path: Path) -> None:
     study = HandDriven(tmp_path, checkpoints=budget_of(250))
     study.run(0.5, num_bytes=100)

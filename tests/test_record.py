@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def test_the_checkpoint_is_the_last_of_a_running_trial_and_the_best_of_an_ended_
     assert checkpoint is not None
     assert (checkpoint.epoch, checkpoint.bytes, checkpoint.path) == (2, 20, str(store.folder(number, 2)))
     assert Path(checkpoint.path).is_absolute()
-    study.finish(number)
+    study.record.complete(number)  # and before the driver has deleted the last one
     checkpoint = study.trial(number).checkpoint
     assert checkpoint is not None and (checkpoint.epoch, checkpoint.bytes) == (1, 10)
 
@@ -258,6 +259,20 @@ def test_the_journal_lock_of_a_killed_process_delays_nobody(tmp_path: Path) -> N
     started = time.monotonic()
     study.run(0.5)
     assert time.monotonic() - started < 5  # Optuna's own lock waits 30 s
+
+
+def test_while_one_process_appends_the_others_wait(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    mine, theirs = (Record.open(study.folder)._storage._backend._lock for _ in range(2))
+    mine.acquire()
+    waiting = threading.Thread(target=theirs.acquire, daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    mine.release()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    theirs.release()
 
 
 def test_every_value_is_json_also_the_ones_that_are_not_finite(tmp_path: Path) -> None:

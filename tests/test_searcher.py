@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +102,7 @@ def test_the_view_holds_every_trial_with_its_number_params_and_end(tmp_path: Pat
     study.report(pair[1], 1, 0.5)
     study.finish(pair[1])
     study.crash("rank 0 died")
+    study.begin()
     study.kill()
     study.resume()
     assert [study.begin(), study.begin()] == [0, 3]
@@ -118,11 +118,3 @@ def test_the_view_holds_every_trial_with_its_number_params_and_end(tmp_path: Pat
         OptunaState.RUNNING,
     ]
     assert view[1].value == 0.5
-
-
-def test_trials_asked_for_together_after_the_start_are_spread(tmp_path: Path) -> None:
-    # TPE that does not know what is under way would suggest one point for all four.
-    study = HandDriven(tmp_path, budget={"trials": 40})
-    play(study, until=20)
-    xs = sorted(params["x"] for params in first_params(study, 4))
-    assert min(b - a for a, b in itertools.pairwise(xs)) > 1e-6
