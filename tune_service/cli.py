@@ -115,7 +115,10 @@ def status(study: Study, storage: StorageOption = DEFAULT_STORAGE, as_json: Json
 
 @app.command()
 def watch(study: Study, storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) -> None:
-    """Follow a study until it ends; with --json, one document a line."""
+    """Follow a study until it ends.
+
+    With --json, one document a line.
+    """
     import time
 
     from tune_service.live import StudyDisplay
@@ -148,7 +151,10 @@ def logs(
     storage: StorageOption = DEFAULT_STORAGE,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what the ranks of a study's trials wrote; with --json, one document a line."""
+    """Print the logs of a study's ranks.
+
+    With --json, one document a line.
+    """
     for path in _storage(storage).study(study).rank_logs(trial):
         for line in path.read_text(errors="replace").splitlines():
             print(json.dumps({"file": path.name, "line": line}) if as_json else f"{path.stem}: {line}")
@@ -161,7 +167,10 @@ def stop(
     storage: StorageOption = DEFAULT_STORAGE,
     as_json: JsonOption = False,
 ) -> None:
-    """End a study's trials and wait until they have; `resume` goes on from there."""
+    """End a study's trials; `resume` goes on.
+
+    Waits until they have ended.
+    """
     from tune_service.study import stop_study
 
     _print_status(stop_study(study, now, _storage(storage)), as_json)
@@ -213,7 +222,7 @@ def check(
     storage: StorageOption = DEFAULT_STORAGE,
     as_json: JsonOption = False,
 ) -> None:
-    """Check everything about a study that can be known before it costs anything."""
+    """Check what can be known before a study starts."""
     from tune_service.check import Check, problems_of, run_checks
     from tune_service.errors import SpecError
     from tune_service.machine import this_machine
@@ -235,7 +244,7 @@ def check(
 
 @app.command()
 def demo(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) -> None:
-    """Run a small real study without network or GPU, and open its best model."""
+    """Run a small real study, without network or GPU."""
     from tune_service.demo import run_demo
 
     place = _storage(storage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from signal import SIGTERM, Signals, getsignal, signal
+from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
 from typing import Any, Protocol
 
@@ -129,17 +129,19 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, display: Displa
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a study as Ctrl-C does."""
+    """SIGTERM, and SIGHUP of a terminal that is closed, end a study as Ctrl-C does; not a SIGHUP that nohup ignores."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(Signals(number).name)
 
-    before = getsignal(SIGTERM)
-    signal(SIGTERM, interrupt)
+    before = {number: handler for number in (SIGTERM, SIGHUP) if (handler := getsignal(number)) != SIG_IGN}
+    for number in before:
+        signal(number, interrupt)
     try:
         yield
     finally:
-        signal(SIGTERM, before)
+        for number, handler in before.items():
+            signal(number, handler)
 
 
 def _sampler(spec: StudySpec) -> StudySampler:
