@@ -1,0 +1,211 @@
+"""Ranks and supervisors that raise, end or freeze: a trial loses the running epoch, and nobody else anything."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from program import Program, Run, scores, wait_until
+from toys import curve, read_notes
+
+FINE, KILLED, RAISES, EXITS, FROZEN, ORPHANED = range(6)
+"""What happens to the trial with this x."""
+
+
+@dataclass(frozen=True)
+class Hurt:
+    run: Run
+    trials: dict[int, Any]
+    """By their x."""
+
+
+@pytest.fixture(scope="module")
+def hurt(program: Program) -> Hurt:
+    """A study of six trials of two ranks, two at a time. Five are hurt in epoch 3, each in another way."""
+    held = [{"x": x, "epoch": 3, "rank": 1, "does": "hold"} for x in (KILLED, FROZEN, ORPHANED)]
+    own = [{"x": RAISES, "epoch": 3, "does": "raise"}, {"x": EXITS, "epoch": 3, "rank": 1, "does": "exit"}]
+    changes = {
+        "training": {"max_epochs": 4, "epoch_s": 0.5, "faults": held + own},
+        "search_space": {"x": {"choice": [FINE, KILLED, RAISES, EXITS, FROZEN, ORPHANED]}},
+        "budget": {"trials": 6},
+        "resources": {"workers": 2},
+        "faults": {"step_timeout_s": 8.0},
+    }
+    command = program.start("run", program.spec("hurt", changes), "--json")
+    rank = program.wait_for_note("hurt", "hold", KILLED, epoch=3, rank=1).pid
+    program.process(rank).send_signal(signal.SIGKILL)
+    rank = program.wait_for_note("hurt", "hold", FROZEN, epoch=3, rank=1).pid
+    program.process(rank).send_signal(signal.SIGSTOP)
+    rank = program.wait_for_note("hurt", "hold", ORPHANED, epoch=3, rank=1).pid
+    program.supervisor_of(rank).send_signal(signal.SIGKILL)
+    found = command.wait()
+    return Hurt(found, {trial["params"]["x"]: trial for trial in found.json["trials"]})
+
+
+HURT = pytest.mark.parametrize(
+    "x",
+    [KILLED, RAISES, EXITS, FROZEN, ORPHANED],
+    ids=["rank killed", "rank raises", "rank exits", "rank frozen", "supervisor killed"],
+)
+
+
+@HURT
+def test_a_hurt_trial_is_completed_with_the_values_of_an_unhurt_one(hurt: Hurt, x: int) -> None:
+    """T4, T10: stock parts count its epochs from 1 again, lose a report, or hang."""
+    trial = hurt.trials[x]
+    assert (trial["state"], trial["reason"]) == ("completed", None)
+    assert scores(trial) == curve(x, 4)
+
+
+@HURT
+def test_a_hurt_trial_was_started_again_once(hurt: Hurt, x: int) -> None:
+    assert hurt.trials[x]["restarts"] == 1
+
+
+@HURT
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hurt_trial_repeats_only_the_running_epoch(hurt: Hurt, program: Program, x: int, rank: int) -> None:
+    assert program.epochs("hurt", x, rank) == [1, 2, 3, 3, 4]
+
+
+def test_the_other_trials_are_left_alone(hurt: Hurt, program: Program) -> None:
+    assert hurt.trials[FINE]["restarts"] == 0
+    assert program.epochs("hurt", FINE) == [1, 2, 3, 4]
+
+
+def test_the_study_is_completed_and_says_what_happened(hurt: Hurt) -> None:
+    assert hurt.run.code == 0
+    assert hurt.run.json["state"] == "completed"
+    told = hurt.run.err
+    for x, words in {
+        KILLED: "rank 1 died",
+        RAISES: "rank 0 raised ValueError: an egg was bad",
+        EXITS: "rank 1 died",
+        FROZEN: "rank 1 gave no report in 8 s",
+        ORPHANED: "its supervisor was lost",
+    }.items():
+        assert f"trial {hurt.trials[x]['number']}: {words}" in told
+
+
+# ---- trainables that never work
+
+
+def test_trials_that_fail_alike_end_the_study(program: Program) -> None:
+    """The reason has all that is needed to find the fault: the exception, the rank, what it printed last."""
+    changes = {
+        "trainable": "toys:hopeless",
+        "search_space": {"x": {"choice": list(range(8))}},
+        "budget": {"trials": 8, "concurrent_trials": 1},
+        "faults": {"restarts_per_trial": 1},
+    }
+    status = program.json("run", program.spec("hopeless", changes), code=1)
+    assert status["state"] == "failed" and status["best"] is None
+    failed = [trial for trial in status["trials"] if trial["state"] == "failed"]
+    assert [trial["number"] for trial in failed] == [0, 1, 2]
+    for trial in failed:
+        first, *rest = trial["reason"].splitlines()
+        assert first == f"rank 0 raised RuntimeError: no bread at {trial['params']['x']}"
+        assert "the oven of rank 0 is cold" in rest
+        assert trial["restarts"] == 1
+        assert program.epochs("hopeless", trial["params"]["x"]) == [1, 1]
+    assert program.json("status", "hopeless") == status
+    assert program.run("best", "hopeless", "--out", "best-of-hopeless").code == 1
+
+
+WAYS = {
+    "nothing": "TypeError: 'NoneType' object is not iterable",
+    "text": "yields trainables.Report; found a str",
+    "silent": "no finite score was reported",
+    "other metric": "the report of epoch 1 has no objective 'score'; its metrics: f1, loss",
+    "epoch 0": "counts its epochs up from 1; found epoch 0",
+    "epoch twice": "counts its epochs up from 1; found epoch 1 after epoch 1",
+    "two minds": "the ranks disagree on the epoch of their report: [1, 2]",
+    "word for number": "could not convert string to float: 'good'",
+    "no disk": "No space left on device",
+}
+
+
+@pytest.fixture(scope="module")
+def odd(program: Program) -> Any:
+    """A study whose trials break the contract of a trainable, each in its own way, and one that keeps it."""
+    changes = {
+        "trainable": "toys:odd",
+        "search_space": {"way": {"choice": [*WAYS, "none"]}},
+        "budget": {"trials": len(WAYS) + 1},
+        "resources": {"workers": 2},
+        "faults": {"restarts_per_trial": 0, "same_error_limit": 99},
+    }
+    return program.json("run", program.spec("odd", changes))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_trainable_that_breaks_its_contract_is_told_how(odd: Any, way: str) -> None:
+    trial = next(trial for trial in odd["trials"] if trial["params"]["way"] == way)
+    assert trial["state"] == "failed"
+    assert WAYS[way] in trial["reason"]
+
+
+def test_a_study_is_completed_when_only_some_trials_failed(odd: Any) -> None:
+    assert odd["state"] == "completed"
+    assert odd["best"]["value"] == 0.75
+
+
+def test_without_checkpoints_a_restart_begins_at_epoch_1_and_says_so(program: Program, tmp_path: Any) -> None:
+    fault = {"x": 1, "epoch": 3, "does": "raise"}
+    changes = {"trainable": "toys:forgetful", "training": {"max_epochs": 4, "faults": [fault]}}
+    found = program.run("run", program.spec("forgetful", changes), "--json")
+    trial = next(trial for trial in found.json["trials"] if trial["params"]["x"] == 1)
+    assert "starting again at epoch 1: it has no checkpoint" in found.err
+    assert program.epochs("forgetful", 1) == [1, 2, 3, 1, 2, 3, 4]
+    assert scores(trial) == curve(1, 4)
+    assert (trial["checkpoint"], trial["restarts"]) == (None, 1)
+    out = tmp_path / "best"
+    assert program.json("best", "forgetful", "--out", str(out))["number"] == trial["number"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "metrics.json"]
+
+
+# ---- frozen supervisors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_frozen_supervisor_costs_its_trial_the_running_epoch(program: Program, epoch: int) -> None:
+    """T10: Tune alone would wait for it for ever."""
+    name = f"stuck-{epoch}"
+    changes = {
+        "training": {"max_epochs": 4, "faults": [{"x": 1, "epoch": epoch, "rank": 0, "does": "hold"}]},
+        "search_space": {"x": {"choice": [0, 1, 2]}},
+        "budget": {"trials": 3, "concurrent_trials": 1},
+        "faults": {"step_timeout_s": 4.0},
+    }
+    command = program.start("run", program.spec(name, changes), "--json")
+    rank = program.wait_for_note(name, "hold", 1, epoch).pid
+    program.supervisor_of(rank).send_signal(signal.SIGSTOP)
+    found = command.wait()
+    assert found.code == 0, found.err
+    for trial in found.json["trials"]:
+        assert scores(trial) == curve(trial["params"]["x"], 4)
+        assert trial["restarts"] == (1 if trial["params"]["x"] == 1 else 0)
+    assert program.epochs(name, 1) == [*range(1, epoch + 1), *range(epoch, 5)]
+    assert f"trial {found.json['trials'][1]['number']}: its supervisor was lost" in found.err
+
+
+@pytest.mark.slow
+def test_a_trial_whose_ranks_always_die_is_given_up_and_the_others_go_on(program: Program) -> None:
+    faults = [{"x": 1, "epoch": 2, "does": "hold"}]
+    changes = {"training": {"faults": faults}, "faults": {"restarts_per_trial": 0}}
+    command = program.start("run", program.spec("doomed", changes), "--json")
+    rank = program.wait_for_note("doomed", "hold", 1, epoch=2).pid
+    wait_until(lambda: program.epochs("doomed", 0) == [1, 2, 3, 4], 60, "the end of the other trial")
+    program.process(rank).send_signal(signal.SIGKILL)
+    found = command.wait()
+    assert found.code == 0
+    by_x = {trial["params"]["x"]: trial for trial in found.json["trials"]}
+    assert by_x[1]["state"] == "failed"
+    assert by_x[1]["reason"].startswith("rank 0 died")
+    assert "rank 0 is about to hold" in by_x[1]["reason"]
+    assert by_x[0]["state"] == "completed"
+    assert found.json["best"]["number"] == by_x[0]["number"]
+    assert len(read_notes(program.notes("doomed"))) > 0
