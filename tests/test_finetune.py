@@ -337,6 +337,8 @@ def test_a_resumed_run_gives_the_epochs_of_the_undisturbed_one_with_dropout(
     if world_size == 2:
         undisturbed = two.curve(dropout, save=(2, tmp_path / "epoch-2"))
         resumed = two.curve(dropout, resume_from=tmp_path / "epoch-2")
+        states = [(tmp_path / "epoch-2" / f"rng-{rank}.safetensors").read_bytes() for rank in (0, 1)]
+        assert states[0] != states[1]  # each rank draws masks of its own
     else:
         undisturbed = curve(dropout)
         saved(dropout, 2, tmp_path / "epoch-2")

@@ -106,15 +106,20 @@ def test_save_writes_the_moment_of_the_last_report(task: Task, tmp_path: Path) -
 def test_the_next_trial_begins_when_the_one_before_has_cleaned_up(
     task: Task, begun: Callable[..., RankWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    happened = []
+    happened: list[str] = []
+    held = []  # so that it is closed by whoever leaves the trial, not by chance
 
-    def train(context: Context) -> Iterator[Report]:
+    def generator() -> Iterator[Report]:
         happened.append("begin")
         try:
             yield Report(1, {})
             yield Report(2, {})
         finally:
             happened.append("cleaned up")
+
+    def train(context: Context) -> Iterator[Report]:
+        held.append(generator())
+        return held[-1]
 
     worker = begun(train)
     worker.next_report()
