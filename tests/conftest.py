@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -53,13 +54,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     if "as_a_rank" not in pyfuncitem.fixturenames:
         return (yield)
     streams, saved = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
-    with os.fdopen(1, "w", buffering=1, closefd=False) as out, os.fdopen(2, "w", buffering=1, closefd=False) as err:
-        # pytest's own streams do not write to descriptors 1 and 2; a rank redirects those.
-        sys.stdout, sys.stderr = out, err
-        try:
-            return (yield)
-        finally:
-            sys.stdout, sys.stderr = streams
-            for number, descriptor in zip((1, 2), saved, strict=True):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
+    # pytest's own streams do not write to descriptors 1 and 2; a rank redirects those. Never closed: a thread of Ray's
+    # may write to them later.
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w", closefd=False), write_through=True) for n in (1, 2))
+    try:
+        return (yield)
+    finally:
+        sys.stdout, sys.stderr = streams
+        for number, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
