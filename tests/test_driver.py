@@ -816,3 +816,15 @@ def test_status_is_json_without_nan(tmp_path: Path) -> None:
     study.begin()
     document = json.dumps(study.record.status().to_json(), allow_nan=False)
     assert json.loads(document)["trials"][1]["reports"][0]["metrics"] == {"score": None}
+
+
+def test_of_a_trial_that_saves_some_epochs_the_best_saved_one_is_kept_and_exported(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, scheduler={"name": "none"}, budget={"trials": 1})
+    number = study.begin()
+    study.report(number, 1, 0.9)
+    study.report(number, 2, 0.5, num_bytes=10)
+    study.report(number, 3, 0.4, num_bytes=10)
+    study.finish(number)
+    best = study.record.best()
+    assert best is not None and (best.number, best.epoch, best.value) == (number, 2, 0.5)
+    assert study.record.folder.checkpoints.epochs(number) == [2]

@@ -90,6 +90,7 @@ class CheckpointStore:
             self.delete(trial, epoch)
         staging.replace(final)
         fsync(final.parent)
+        fsync(self.root)
         return manifest
 
     def latest(self, trial: int) -> Manifest | None:

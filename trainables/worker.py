@@ -68,9 +68,9 @@ class RankWorker:
         self._reports: Iterator[Report] | None = None
         self._report: Report | None = None
 
-    def free_port(self) -> int:
-        """A port of this host for the rendezvous; rank 0 is asked."""
-        with socket.create_server(("", 0)) as server:
+    def free_port(self, host: str) -> int:
+        """A port of this host's address for the rendezvous; rank 0 is asked."""
+        with socket.create_server((host, 0)) as server:
             return int(server.getsockname()[1])
 
     def rendezvous(self, host: str, port: int) -> None:

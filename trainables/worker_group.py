@@ -209,7 +209,8 @@ class _RankActor(RankWorker):
 
     def endpoint(self) -> tuple[str, int]:
         """(address, free port) of this rank's node."""
-        return ray.util.get_node_ip_address(), self.free_port()
+        host = ray.util.get_node_ip_address()
+        return host, self.free_port(host)
 
 
 def _free_name(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from trainables.errors import Problem, UserError
-from tune_service.errors import CommandError, error_json, exit_code
+from tune_service.errors import CommandError, StorageError, error_json, exit_code
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +86,12 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False)
     """List the studies of a storage."""
     from tune_service.record import Record
 
-    found = [Record.open(folder).status() for folder in _storage(storage).studies()]
+    found = []
+    for folder in _storage(storage).studies():
+        try:
+            found.append(Record.open(folder).status())
+        except StorageError as error:  # one broken record hides no other study
+            print(f"left out {error}", file=sys.stderr)
     if as_json:
         rows = [
             {"study": each.study, "state": each.state, "trials": len(each.trials), "best": _best_json(each)}

@@ -20,7 +20,7 @@ from tune_service.retention import Kept, to_delete
 from tune_service.scheduler import Asha
 from tune_service.searcher import distributions, grid_points
 from tune_service.spec import StudySpec
-from tune_service.status import TrialStatus, best_report, objective_value
+from tune_service.status import ObjectiveStatus, TrialStatus, objective_value
 
 GIB = 1024**3
 OVERDUE_MARGIN_S = 30.0
@@ -36,8 +36,13 @@ class _Notes:
     open: bool = True
     best: float | None = None
     best_epoch: int | None = None
+    """The best epoch; of a trial that saves only some epochs, the best of those."""
     kept: dict[int, int] = field(default_factory=dict)
     """Epoch -> bytes of the checkpoints that exist."""
+
+    def saw(self, value: float, epoch: int, objective: ObjectiveStatus) -> None:
+        if self.best is None or self.best_epoch == epoch or objective.better(value, self.best):
+            self.best, self.best_epoch = value, epoch
 
 
 class Driver:
@@ -156,12 +161,14 @@ class Driver:
         self._record.report(number, epoch, metrics)
         notes = self._notes[number]
         value = metrics[metric]
-        if math.isfinite(value):
-            if notes.best is None or self._objective.better(value, notes.best):
-                notes.best, notes.best_epoch = value, epoch
-            if self._asha is not None:
-                self._asha.add(number, epoch, value)
-        if result["checkpoint_bytes"] is not None:
+        if self._asha is not None and math.isfinite(value):
+            self._asha.add(number, epoch, value)
+        saved = result["checkpoint_bytes"] is not None
+        if saved and not notes.kept:
+            notes.best = None  # from now on only what was saved can be exported
+        if math.isfinite(value) and (saved or not notes.kept):
+            notes.saw(value, epoch, self._objective)
+        if saved:
             self._record.set_saves(number)
             notes.kept[epoch] = result["checkpoint_bytes"]
             self._retain()
@@ -242,19 +249,19 @@ class Driver:
         """Takes up a study that goes on: everything is read off the record and the checkpoints that are there."""
         if self._asha is not None:
             self._asha.refill(trials)
-        for trial in trials:
-            best = best_report(trial, self._objective) if trial.state != "failed" else None
-            notes = _Notes(open=trial.ended_at is None)
-            if best is not None:
-                notes.best, notes.best_epoch = objective_value(best, self._objective), best.epoch
-            self._notes[trial.number] = notes
         self._store.sweep()
-        for number, epochs in self._store.kept().items():
+        kept = self._store.kept()
+        for trial in trials:
+            notes = self._notes[trial.number] = _Notes(open=trial.ended_at is None)
+            epochs = kept.pop(trial.number, [])
+            notes.kept = {epoch: self._store.num_bytes(trial.number, epoch) for epoch in epochs}
+            for report in trial.reports if trial.state != "failed" else ():
+                value = objective_value(report, self._objective)
+                if value is not None and (report.epoch in epochs or not epochs):
+                    notes.saw(value, report.epoch, self._objective)
+        for number, epochs in kept.items():  # of trials that the record does not have
             for epoch in epochs:
-                if number in self._notes:
-                    self._notes[number].kept[epoch] = self._store.num_bytes(number, epoch)
-                else:
-                    self._store.delete(number, epoch)
+                self._store.delete(number, epoch)
 
 
 def _asha(spec: StudySpec) -> Asha | None:

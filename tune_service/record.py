@@ -132,12 +132,16 @@ class Record:
             self._set(trial, "reason", None)
 
     def report(self, number: int, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """Adds an epoch's report. False when the record has that epoch already: a restart repeats at most one."""
-        trial = self._trial(number)
-        if _REPORT + str(epoch) in trial.user_attrs:
+        """Adds an epoch's report. False when the record has this one already.
+
+        An epoch that was trained again, after a restart without a checkpoint, takes the place of the first: it is the
+        one whose checkpoint there may be.
+        """
+        trial, kept = self._trial(number), finite_or_none(metrics)
+        if trial.user_attrs.get(_REPORT + str(epoch), {}).get("metrics") == kept:
             return False
         value = metrics.get(self.objective.metric, math.nan)
-        self._set(trial, _REPORT + str(epoch), {"metrics": finite_or_none(metrics), "at": _now()})
+        self._set(trial, _REPORT + str(epoch), {"metrics": kept, "at": _now()})
         self._storage.set_trial_intermediate_value(trial._trial_id, epoch, float(value))
         return True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -97,7 +97,19 @@ def ranked(trials: Iterable[TrialStatus], objective: ObjectiveStatus) -> list[Be
 
 
 def best_trial(
-    trials: Sequence[TrialStatus], objective: ObjectiveStatus, usable: Callable[[BestTrial], bool]
+    trials: Iterable[TrialStatus], objective: ObjectiveStatus, usable: Callable[[BestTrial], bool]
 ) -> BestTrial | None:
-    """The best trial that is `usable`: its checkpoint, where it ever had one, still verifies."""
-    return next((best for best in ranked(trials, objective) if usable(best)), None)
+    """The best report of all completed and pruned trials that is `usable`: its checkpoint still verifies.
+
+    Ties go to the lowest number, then to the earliest epoch.
+    """
+    sign = -1.0 if objective.mode == "max" else 1.0
+    found = [
+        BestTrial(number=trial.number, epoch=report.epoch, value=value, params=trial.params)
+        for trial in trials
+        if trial.state in ("completed", "pruned")
+        for report in trial.reports
+        if (value := objective_value(report, objective)) is not None
+    ]
+    found.sort(key=lambda best: (sign * best.value, best.number, best.epoch))
+    return next((best for best in found if usable(best)), None)
