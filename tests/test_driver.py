@@ -828,3 +828,14 @@ def test_of_a_trial_that_saves_some_epochs_the_best_saved_one_is_kept_and_export
     best = study.record.best()
     assert best is not None and (best.number, best.epoch, best.value) == (number, 2, 0.5)
     assert study.record.folder.checkpoints.epochs(number) == [2]
+
+
+def test_a_trial_that_starts_again_is_not_judged_twice_at_a_rung_that_it_has_passed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, budget={"trials": 4, "concurrent_trials": 4})
+    first = study.begin()
+    assert study.report(first, 1, 0.1, num_bytes=10)  # the first at a rung goes on
+    for score in (0.7, 0.8, 0.9):
+        assert study.report(study.begin(), 1, score) is (score > 0.6)
+    assert study.fail(first, "rank 0 died")
+    assert study.report(first, 1, 0.1, num_bytes=10)  # handed in once more, from the checkpoint
+    assert study.report(first, 2, 0.1)

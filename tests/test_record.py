@@ -19,6 +19,7 @@ from test_driver import HandDriven, budget_of, optuna_trials
 from trainables.checkpoint import MANIFEST
 from tune_service.errors import StorageError, exit_code
 from tune_service.record import FORMAT, Record
+from tune_service.storage import Storage
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
@@ -230,11 +231,41 @@ def test_a_last_line_that_a_killed_writer_left_unfinished_is_cut_off(
     assert len(Record.open(study.folder).trials()) == 1  # a reader reads on
     assert study.folder.journal.read_bytes() != whole  # and changes nothing: the writer may be alive
     study.resume()
+    study.run(0.6)
     assert study.folder.journal.read_bytes().startswith(whole)
     assert "unfinished line" in capsys.readouterr().err
-    study.run(0.6)
     assert len(Record.open(study.folder).trials()) == len(optuna_trials(study.folder)) == 2
     assert all(json.loads(line) for line in study.folder.journal.read_text().splitlines())
+
+
+def test_a_request_to_stop_survives_a_last_line_that_was_left_unfinished(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    study.run(0.5)
+    study.kill()
+    with study.folder.journal.open("ab") as journal:
+        journal.write(b'{"op_code":8,"wor')
+    Record.open(study.folder).request_stop(now=False)
+    again = Record.open(study.folder)
+    assert again.stop_request is not None and len(again.trials()) == 1
+
+
+def test_a_trial_that_was_killed_between_the_note_of_its_end_and_the_end_goes_on(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    study.report(number, 1, 0.5)
+    study.record._set(study.record._trial(number), "ended_at", "2026-01-01T00:00:00Z")
+    study.kill()
+    study.resume()
+    assert study.begin() == number
+    study.finish(number)
+    assert study.record.trial(number).state == "completed"
+
+
+def test_a_record_that_is_being_made_is_no_study_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_service.record.Path.replace", lambda self, target: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        HandDriven(tmp_path)
+    assert Storage(tmp_path).studies() == []
 
 
 HOLD_LOCK = """
@@ -242,7 +273,8 @@ import sys, time
 from pathlib import Path
 from tune_service.record import _storage
 from tune_service.storage import StudyFolder
-lock = _storage(StudyFolder(Path(sys.argv[1])))._backend._lock
+folder = StudyFolder(Path(sys.argv[1]))
+lock = _storage(folder, folder.journal)._backend._lock
 lock.acquire()
 print("held", flush=True)
 time.sleep(600)

@@ -86,6 +86,9 @@ def build_model(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, label_na
 def check_max_length(network: PreTrainedModel, max_length: int) -> None:
     """Raises ModelError where the model has fewer positions than `max_length`."""
     positions = getattr(network.config, "max_position_embeddings", None)
+    tables = [module for name, module in network.named_modules() if name.endswith("position_embeddings")]
+    if positions is not None and any(getattr(table, "padding_idx", None) is not None for table in tables):
+        positions -= network.config.pad_token_id + 1  # RoBERTa counts its positions from behind the padding's
     if positions is not None and max_length > positions:
         rule = "max_length is at most the model's positions"
         raise ModelError(Problem("training.max_length", rule, str(max_length), f"at most {positions}"))

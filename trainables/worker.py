@@ -106,10 +106,11 @@ class RankWorker:
         return RankReport(self._report.epoch, metrics, self._report.save is not None)
 
     def save(self, folder: str) -> None:
-        """Writes the checkpoint of the last report."""
-        assert self._report is not None and self._report.save is not None, "only a report that can be saved is"
+        """Writes this rank's part of the last report's checkpoint; nothing when its report has no `save`."""
+        assert self._report is not None, "a report comes first"
         with _plain_errors(self._rank):
-            self._report.save(Path(folder))
+            if self._report.save is not None:
+                self._report.save(Path(folder))
 
     def end(self) -> None:
         """Closes the trial's generator, wherever it stands."""

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ class RayWorkerGroup(WorkerGroup):
             raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
         self._deadline.saw(time.monotonic() - started)
         first: RankReport | None = reports[0]
-        return first
+        # Often rank 0 alone has something to save.
+        return first and replace(first, saves=any(report.saves for report in reports))
 
     def save(self, folder: Path) -> None:
         self._ask(lambda rank: rank.save.remote(str(folder)), self._deadline.seconds)

@@ -117,7 +117,7 @@ def _import_trainable(trainable: str, folder: Path) -> str:
     """Imports the user's module in a process of its own: it may import torch, or end the process."""
     code = "import sys; from trainables.worker import resolve; resolve(sys.argv[1], sys.argv[2])"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # importing it must not need a GPU
-    command = [sys.executable, "-c", code, trainable, str(folder)]
+    command = [sys.executable, "-P", "-c", code, trainable, str(folder)]
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment, check=False

@@ -193,7 +193,8 @@ def delete(
 
     place = _storage(storage)
     folder = place.study(study)
-    if not yes and not (sys.stdin.isatty() and typer.confirm(f"Delete {folder.path} with all its checkpoints?")):
+    question = f"Delete {folder.path} with all its checkpoints?"
+    if not yes and not (sys.stdin.isatty() and typer.confirm(question, err=True)):
         raise CommandError(Problem("--yes", "a study is deleted after a question", "no answer of yes", "--yes"))
     num_bytes = delete_study(study, place)
     if as_json:
@@ -233,8 +234,10 @@ def check(
     from tune_service.machine import this_machine
     from tune_service.spec import load_spec
 
-    loaded = load_spec(spec, overrides, name)
-    # A spec that is wrong by itself has raised by now, with all its faults.
+    try:
+        loaded = load_spec(spec, overrides, name)
+    except SpecError:
+        loaded = _load(spec, overrides, name, _storage(storage))  # raises, with the faults of its data and model too
     checks = [Check("spec", True, str(spec)), *run_checks(loaded, _storage(storage), this_machine())]
     if as_json:
         _print_json({"checks": [each.to_json() for each in checks]})

@@ -158,7 +158,7 @@ class Driver:
             has = ", ".join(sorted(metrics)) or "none"
             self._give_up(number, f"the report of epoch {epoch} has no objective {metric!r}; its metrics: {has}")
             return False
-        self._record.report(number, epoch, metrics)
+        new = self._record.report(number, epoch, metrics)
         notes = self._notes[number]
         value = metrics[metric]
         if self._asha is not None and math.isfinite(value):
@@ -176,7 +176,8 @@ class Driver:
         if fault is not None:
             self._record.prune(number, f"diverged: {fault} is {metrics[fault]} at epoch {epoch}", diverged=True)
             return False
-        reason = self._asha.stop_reason(number, epoch) if self._asha is not None else None
+        # A trial that starts again hands in its last epoch once more; it has passed that rung.
+        reason = self._asha.stop_reason(number, epoch) if self._asha is not None and new else None
         if reason is not None and not result["finished"]:
             self._record.prune(number, reason)
             return False

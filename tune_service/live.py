@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -52,16 +54,21 @@ class StudyDisplay:
 
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with _reader_may_be_gone():
+                self._live.stop()
 
     def tell(self, line: str) -> None:
-        self._print(line, style="yellow")
+        with _reader_may_be_gone():
+            self._print(line, style="yellow")
 
     def show(self, record: Record) -> None:
         now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + REFRESH_S
+        if now >= self._next:
+            self._next = now + REFRESH_S
+            with _reader_may_be_gone():
+                self._show(record)
+
+    def _show(self, record: Record) -> None:
         trials = record.trials()
         ended = [trial for trial in trials if trial.ended_at is not None]
         if self._ended_before is None:
@@ -94,6 +101,13 @@ class StudyDisplay:
             left_s = (time.monotonic() - self._began) / here * (record.budget_trials - num_ended)
             parts.append(f"about {_duration(left_s)} left")
         return Text(" | ".join(parts))
+
+
+@contextmanager
+def _reader_may_be_gone() -> Iterator[None]:
+    """A pipe or a terminal that is closed ends no study. Rich answers the first with SystemExit."""
+    with suppress(OSError, SystemExit):
+        yield
 
 
 def _live(console: Console) -> Live:

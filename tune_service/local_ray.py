@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, SIGTERM, getsignal, signal
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 import psutil
 
@@ -49,6 +49,7 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
 
     # A short path: Ray makes sockets in it, and those have room for 107 bytes.
     scratch = Path(tempfile.mkdtemp(prefix="tune-"))
+    others = set(psutil.Process().children(recursive=True))
     try:
         with _own_answer_to_sigterm():
             ray.init(
@@ -64,7 +65,7 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
         yield scratch
     finally:
         with _undisturbed():
-            processes = psutil.Process().children(recursive=True)
+            processes = set(psutil.Process().children(recursive=True)) - others
             ray.shutdown()
             _, alive = psutil.wait_procs(processes, timeout=5)
             for process in alive:
@@ -87,8 +88,8 @@ def _own_answer_to_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Passes over Ctrl-C and SIGTERM while the end takes its few seconds: a second Ctrl-C would leave things behind."""
-    before = {number: signal(number, SIG_IGN) for number in (SIGINT, SIGTERM)}
+    """Passes over Ctrl-C and its kin while the end takes its few seconds: a second Ctrl-C would leave things behind."""
+    before = {number: signal(number, SIG_IGN) for number in (SIGINT, SIGTERM, SIGHUP)}
     try:
         yield
     finally:

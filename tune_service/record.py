@@ -74,23 +74,26 @@ class Record:
 
     @staticmethod
     def create(folder: StudyFolder, spec: Mapping[str, Any], sampler: BaseSampler) -> Record:
-        """A new record. `spec` holds at least `objective`, `search_space` and `budget`, and is kept as it is."""
-        storage = _storage(folder)
+        """A new record. `spec` holds at least `objective`, `search_space` and `budget`, and is kept as it is.
+
+        It is written beside and renamed, so that no reader meets a record that says half of this.
+        """
+        unfinished = folder.journal.with_suffix(".new")
+        storage = _storage(folder, unfinished)
         direction = direction_of(spec["objective"]["mode"])
         study = optuna.create_study(storage=storage, sampler=sampler, study_name=folder.name, direction=direction)
         study.set_user_attr("format", FORMAT)
         study.set_user_attr("created_at", _now())
         study.set_user_attr("spec", dict(spec))
         study.set_user_attr("budget_trials", spec["budget"]["trials"])
-        return Record(folder, study, storage)
+        unfinished.replace(folder.journal)
+        return Record.open(folder, sampler)
 
     @staticmethod
     def open(folder: StudyFolder, sampler: BaseSampler | None = None) -> Record:
         """The record of an existing study; with `sampler`, to drive it. StorageError when it cannot be read."""
-        if sampler is not None:
-            _trim(folder.journal)
         try:
-            storage = _storage(folder)
+            storage = _storage(folder, folder.journal)
             study = optuna.load_study(study_name=folder.name, storage=storage, sampler=sampler)
             version = study.user_attrs["format"]
         except (OSError, ValueError, KeyError) as error:
@@ -132,18 +135,18 @@ class Record:
             self._set(trial, "reason", None)
 
     def report(self, number: int, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """Adds an epoch's report. False when the record has this one already.
+        """Adds an epoch's report. Whether that epoch is new to the record.
 
         An epoch that was trained again, after a restart without a checkpoint, takes the place of the first: it is the
         one whose checkpoint there may be.
         """
         trial, kept = self._trial(number), finite_or_none(metrics)
-        if trial.user_attrs.get(_REPORT + str(epoch), {}).get("metrics") == kept:
-            return False
-        value = metrics.get(self.objective.metric, math.nan)
-        self._set(trial, _REPORT + str(epoch), {"metrics": kept, "at": _now()})
-        self._storage.set_trial_intermediate_value(trial._trial_id, epoch, float(value))
-        return True
+        before = trial.user_attrs.get(_REPORT + str(epoch), {}).get("metrics")
+        if before != kept:
+            value = metrics.get(self.objective.metric, math.nan)
+            self._set(trial, _REPORT + str(epoch), {"metrics": kept, "at": _now()})
+            self._storage.set_trial_intermediate_value(trial._trial_id, epoch, float(value))
+        return before is None
 
     def complete(self, number: int) -> None:
         """A trial ran to its end. It counts for the sampler with its best epoch's value."""
@@ -298,7 +301,8 @@ class Record:
             reports=tuple(reports),
             restarts=attrs.get("restarts", 0),
             started_at=attrs.get("started_at"),
-            ended_at=attrs.get("ended_at"),
+            # Noted just before the end itself: a driver that was killed in between left a trial that goes on.
+            ended_at=attrs.get("ended_at") if trial.state.is_finished() else None,
         )
         return status.model_copy(update={"checkpoint": self._checkpoint(status, kept)})
 
@@ -330,35 +334,46 @@ class Record:
 
 
 class _KernelLock(JournalFileOpenLock):
-    """A lock that the kernel releases when its holder is killed; Optuna's own then cost the next opener 30 s."""
+    """A lock that the kernel releases when its holder is killed; Optuna's own then cost the next opener 30 s.
 
-    def __init__(self, path: Path) -> None:
+    Whoever takes it cuts off a last line that a killed writer left unfinished: what is appended to that is unreadable.
+    """
+
+    def __init__(self, path: Path, journal: Path) -> None:
         super().__init__(str(path))
         self._path = path
+        self._journal = journal
         self._descriptor = -1
 
     def acquire(self) -> bool:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         self._descriptor = descriptor
+        _trim(self._journal)
         return True
 
     def release(self) -> None:
         os.close(self._descriptor)
 
 
-def _storage(folder: StudyFolder) -> optuna.storages.JournalStorage:
-    return optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal), _KernelLock(folder.journal_lock)))
+def _storage(folder: StudyFolder, journal: Path) -> optuna.storages.JournalStorage:
+    lock = _KernelLock(folder.journal_lock, journal)
+    return optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock))
 
 
 def _trim(journal: Path) -> None:
-    """Cuts off a last line that a killed writer left unfinished: anything appended to it would be unreadable."""
+    """Cuts the journal back to its last whole line."""
     with journal.open("r+b") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            print(f"{journal}: cut off {len(content) - whole} bytes of an unfinished line", file=sys.stderr)
-            file.truncate(whole)
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            return
+        file.seek(size - 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        print(f"{journal}: cut off {size - whole} bytes of an unfinished line", file=sys.stderr)
+        file.truncate(whole)
 
 
 def direction_of(mode: str) -> StudyDirection:

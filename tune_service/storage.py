@@ -68,7 +68,8 @@ class Storage:
 
     def studies(self) -> list[StudyFolder]:
         """All studies, by name."""
-        return [StudyFolder(path.parent) for path in sorted(self.root.glob("*/record.journal"))]
+        found = (path.parent for path in sorted(self.root.glob("*/record.journal")))
+        return [StudyFolder(path) for path in found if not path.name.startswith(".")]
 
     def study(self, name: str) -> StudyFolder:
         """An existing study. StudyNotFoundError otherwise."""
@@ -119,8 +120,10 @@ class Storage:
 def remove(folder: StudyFolder) -> int:
     """Removes a study whole. Returns its size in bytes."""
     num_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
-    folder.journal.unlink()  # first: without it there is no study, whatever is left
-    shutil.rmtree(folder.path)
+    doomed = folder.path.with_name(f".deleted-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.path.rename(doomed)  # out of sight first: the name is free again, whatever is left
+    shutil.rmtree(doomed)
     return num_bytes
 
 

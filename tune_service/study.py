@@ -44,17 +44,17 @@ def run_study(spec: StudySpec, storage: Storage, display: Display) -> StudyStatu
         record = Record.create(folder, _stored(spec), _sampler(spec))
         record.set_baseline(baseline(spec))
         _drive(spec, folder, record, display)
-    return Record.open(folder).status()
+    return Record.open(folder).status(deep=True)
 
 
 def resume_study(name: str, trials: str | None, storage: Storage, display: Display) -> StudyStatus:
     """Goes on with a study that was stopped or cut off; `trials` adds to its budget (`+20`) or sets it (`80`)."""
     folder = storage.study(name)
+    spec = stored_spec(Record.open(folder))
+    problems = problems_of(run_checks(spec, storage, this_machine()))
+    if problems:
+        raise SpecError(problems)
     with folder.driving():
-        spec = stored_spec(Record.open(folder))
-        problems = problems_of(run_checks(spec, storage, this_machine()))
-        if problems:
-            raise SpecError(problems)
         record = Record.open(folder, _sampler(spec))
         if trials is not None:
             record.set_budget(_budget(trials, record))
@@ -62,7 +62,7 @@ def resume_study(name: str, trials: str | None, storage: Storage, display: Displ
         record.set_failure(None)
         record.pause_all("interrupted: the driver was gone")
         _drive(spec, folder, record, display)
-    return Record.open(folder).status()
+    return Record.open(folder).status(deep=True)
 
 
 def stop_study(name: str, now: bool, storage: Storage) -> StudyStatus:
@@ -77,7 +77,7 @@ def stop_study(name: str, now: bool, storage: Storage) -> StudyStatus:
             found = f"it is still running after {STOP_PATIENCE_S:.0f} s"
             raise CommandError(Problem(name, "a study ends when it is asked to", found, "stop --now"))
         time.sleep(0.1)
-    return Record.open(folder).status()
+    return Record.open(folder).status(deep=True)
 
 
 def delete_study(name: str, storage: Storage) -> int:
@@ -88,7 +88,8 @@ def delete_study(name: str, storage: Storage) -> int:
         raise StudyRunningError(
             Problem("STUDY", "a running study is not deleted", found, f"`tune-service stop {name}`")
         )
-    return remove(folder)
+    with folder.driving():
+        return remove(folder)
 
 
 def _stored(spec: StudySpec) -> dict[str, Any]:
@@ -120,7 +121,8 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, display: Displa
         if record.failure is not None:
             reason = "the study failed"
     except BaseException as error:
-        reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {error}"
+        what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
+        reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {what}"
         raise
     finally:
         record.pause_all(reason)
