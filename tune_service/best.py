@@ -48,22 +48,11 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     return status.best
 
 
-def _copy_module(spec: StudySpec, out: Path) -> None:
-    """Puts the trainable's module beside `config.yaml` when it lay beside the spec: it is found there again."""
-    top = spec.trainable.partition(":")[0].partition(".")[0]
-    if (spec.folder / top).is_dir():
-        shutil.copytree(spec.folder / top, out / top, ignore=shutil.ignore_patterns("__pycache__"))
-    elif (spec.folder / f"{top}.py").is_file():
-        shutil.copy(spec.folder / f"{top}.py", out)
-
-
 def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial, checkpoint: Path) -> None:
     if spec.is_finetune:
         shutil.copytree(checkpoint / "model", out / "model")
     elif checkpoint.exists():
         shutil.copytree(checkpoint, out / "checkpoint", ignore=shutil.ignore_patterns(MANIFEST))
-    if not spec.is_finetune:
-        _copy_module(spec, out)
     retrain = spec_for_trial(spec, best.params, name=f"{spec.name[:50]}-best")
     (out / "config.yaml").write_text(dump_yaml(retrain))
     trial = status.trials[best.number]

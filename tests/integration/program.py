@@ -61,6 +61,10 @@ class Command:
         """What a terminal does: every process of the group gets SIGINT."""
         os.killpg(self.pid, signal.SIGINT)
 
+    def hang_up(self) -> None:
+        """What a terminal does that is closed."""
+        os.killpg(self.pid, signal.SIGHUP)
+
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
@@ -148,7 +152,7 @@ class Program:
     def write_spec(self, spec: Mapping[str, Any]) -> str:
         """Writes a spec as it is. Returns its path."""
         path = self.specs / f"{Path(spec['name']).name}.yaml"
-        path.write_text(yaml.safe_dump(dict(spec)))
+        path.write_text(yaml.safe_dump(dict(spec), sort_keys=False))
         return str(path)
 
     def notes(self, name: str) -> Path:
@@ -188,14 +192,16 @@ class Program:
         return next(process for process in self.processes() if process.pid == pid)
 
     def supervisor_of(self, rank: int) -> psutil.Process:
-        """The supervisor's process of the trial that the rank with this pid runs.
-
-        Both are children of Ray's; the one that started just before the rank is its supervisor, as long as one trial
-        runs at a time.
-        """
-        supervisors = [each for each in self.processes() if each.name().startswith("ray::ResourceTrai")]
-        started = psutil.Process(rank).create_time()
-        return max((each for each in supervisors if each.create_time() <= started), key=lambda each: each.create_time())
+        """The supervisor's process of the trial that the rank with this pid runs: the one that is connected to it."""
+        connections = self.process(rank).net_connections(kind="tcp")
+        ports = {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+        (found,) = (
+            process
+            for process in self.processes()
+            if process.name().startswith("ray::ResourceTrai")
+            and ports & {each.raddr.port for each in process.net_connections(kind="tcp") if each.raddr}
+        )
+        return found
 
     def leftovers(self) -> list[str]:
         """Processes and scratch files that are still there, as soon as there are none or after a few seconds."""

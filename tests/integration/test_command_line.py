@@ -122,6 +122,9 @@ def test_status_has_the_keys_and_types_of_the_contract(study: Finished) -> None:
         for report in trial["reports"]:
             assert list(report) == ["epoch", "metrics"]
             assert sorted(report["metrics"]) == ["score", "train_loss"]
+        if all(report["metrics"]["score"] is None for report in trial["reports"]):
+            assert trial["checkpoint"] is None, "what diverged at once has nothing to keep"
+            continue
         assert list(trial["checkpoint"]) == ["epoch", "bytes", "path"]
         assert Path(trial["checkpoint"]["path"]).is_absolute()
         assert trial["checkpoint"]["bytes"] > 0
@@ -346,7 +349,7 @@ def test_light_commands_import_neither_torch_nor_ray(study: Finished, program: P
 
 def test_check_looks_at_everything_and_runs_nothing(program: Program) -> None:
     found = program.json("check", program.spec("oven-2", SPEC))
-    assert {check["name"] for check in found["checks"]} == {"storage", "resources", "trainable"}
+    assert {check["name"] for check in found["checks"]} == {"spec", "storage", "resources", "trainable"}
     for check in found["checks"]:
         assert list(check) == ["name", "ok", "found", "advice"]
         assert check["ok"] is True
@@ -358,6 +361,7 @@ def test_check_finds_what_run_would_refuse(program: Program) -> None:
     spec = program.spec("oven-3", {"resources": {"workers": 1000, "cpus_per_worker": 8}, "trainable": "nowhere:train"})
     found = program.json("check", spec, code=2)
     assert {check["name"]: check["ok"] for check in found["checks"]} == {
+        "spec": True,
         "storage": True,
         "resources": False,
         "trainable": False,

@@ -84,7 +84,7 @@ def test_the_study_is_completed_and_says_what_happened(hurt: Hurt) -> None:
         RAISES: "rank 0 raised ValueError: an egg was bad",
         EXITS: "rank 1 died",
         FROZEN: "rank 1 gave no report in 8 s",
-        ORPHANED: "its supervisor was lost",
+        ORPHANED: "the trial's supervisor was lost",
     }.items():
         assert f"trial {hurt.trials[x]['number']}: {words}" in told
 
@@ -189,7 +189,7 @@ def test_a_frozen_supervisor_costs_its_trial_the_running_epoch(program: Program,
         assert scores(trial) == curve(trial["params"]["x"], 4)
         assert trial["restarts"] == (1 if trial["params"]["x"] == 1 else 0)
     assert program.epochs(name, 1) == [*range(1, epoch + 1), *range(epoch, 5)]
-    assert f"trial {found.json['trials'][1]['number']}: its supervisor was lost" in found.err
+    assert f"trial {found.json['trials'][1]['number']}: the trial's supervisor was lost" in found.err
 
 
 @pytest.mark.slow

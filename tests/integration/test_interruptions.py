@@ -40,11 +40,20 @@ def check_gone_on(program: Program, name: str, status: Any, epochs: list[int], r
     assert program.json("status", name) == status
 
 
-@pytest.mark.parametrize("way", ["ctrl-c", pytest.param("sigterm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "ctrl-c",
+        pytest.param("sigterm", marks=pytest.mark.slow),
+        pytest.param("closed-terminal", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_study_goes_on_where_it_was(program: Program, way: str) -> None:
     command = start_held(program, way, x=1, epoch=3)
     if way == "ctrl-c":
-        command.ctrl_c()  # the whole group: Ray's processes get it too
+        command.ctrl_c()
+    elif way == "closed-terminal":
+        command.hang_up()
     else:
         command.send(signal.SIGTERM)
     found = command.wait(timeout_s=30)
