@@ -25,6 +25,9 @@ from trainables.config import ModelConfig
 from trainables.errors import ModelError, Problem
 from trainables.model_files import check_local, local_folder
 
+# In a rank's log a bar is a line for every epoch that says nothing, and hides what a failure says.
+transformers.utils.logging.disable_progress_bar()
+
 Schedule = Literal["linear", "cosine", "constant"]
 
 _FAMILIES = {"GPT2Tokenizer": "gpt2", "BertTokenizer": "bert", "LlamaTokenizer": "llama"}

@@ -156,13 +156,26 @@ def logs(
     storage: StorageOption = DEFAULT_STORAGE,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the logs of a study's ranks.
+    """Follow the logs of a study's ranks.
 
     With --json, one document a line.
     """
-    for path in _storage(storage).study(study).rank_logs(trial):
-        for line in path.read_text(errors="replace").splitlines():
-            print(json.dumps({"file": path.name, "line": line}) if as_json else f"{path.stem}: {line}")
+    import time
+
+    folder = _storage(storage).study(study)
+    shown: dict[Path, int] = {}
+    while True:
+        alive = folder.driver_is_alive()
+        for path in folder.rank_logs(trial):
+            text = path.read_bytes()[shown.get(path, 0) :]
+            if alive:  # the last line may not be whole yet
+                text = text[: text.rfind(b"\n") + 1]
+            shown[path] = shown.get(path, 0) + len(text)
+            for line in text.decode(errors="replace").splitlines():
+                print(json.dumps({"file": path.name, "line": line}) if as_json else f"{path.stem}: {line}", flush=True)
+        if not alive:
+            return
+        time.sleep(0.5)
 
 
 @app.command()
