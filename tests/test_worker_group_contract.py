@@ -28,8 +28,9 @@ pytestmark = pytest.mark.usefixtures("as_a_rank")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A Ray of this module's own, which must leave nothing behind."""
+    others = set(psutil.Process().children(recursive=True))  # of tests before: they are left alone
     with local_ray(cpus=2, gpus=0, namespace="contract") as scratch:
-        processes = psutil.Process().children(recursive=True)
+        processes = set(psutil.Process().children(recursive=True)) - others
         assert processes
         yield
     assert not scratch.exists()
