@@ -113,6 +113,7 @@ class Program:
                 cwd=self.folder,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=_take_signals,
             )
         return Command(process, out, err)
 
@@ -226,6 +227,12 @@ class Program:
             return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("TUNE_TEST_MARK") == self._mark
         except psutil.Error:
             return False
+
+
+def _take_signals() -> None:
+    """In a new process: what a background job or nohup, round the tests, has told to ignore is taken again."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until(look: Callable[[], Found | None], timeout_s: float, what: str) -> Found:
