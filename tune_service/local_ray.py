@@ -47,8 +47,7 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
     """Starts Ray; yields a scratch folder. At the end every process that it started is gone."""
     import ray
 
-    # A short path: Ray makes sockets in it, and those have room for 107 bytes.
-    scratch = Path(tempfile.mkdtemp(prefix="tune-"))
+    scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=_scratch_root()))
     others = set(psutil.Process().children(recursive=True))
     try:
         with _own_answer_to_sigterm():
@@ -72,6 +71,13 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
                 process.kill()
             psutil.wait_procs(alive, timeout=5)
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch_root() -> str:
+    """The temporary folder, or /tmp where that one's path is too long: a socket's name has room for 107 bytes."""
+    socket = "/tune-12345678/session_2026-11-24_06-00-00_123456_1234567/sockets/plasma_store"
+    root = tempfile.gettempdir()
+    return root if len(os.fsencode(root + socket)) <= 107 else "/tmp"
 
 
 @contextmanager
