@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 import statistics
@@ -17,7 +18,7 @@ import optuna
 import psutil
 import pytest
 import yaml
-from program import Program, Run, scores
+from program import ROOT, Program, Run, scores
 from toys import Note, curve, read_notes
 
 SPEC: dict[str, Any] = {
@@ -367,6 +368,28 @@ def test_check_finds_what_run_would_refuse(program: Program) -> None:
         "trainable": False,
     }
     assert all(check["advice"] for check in found["checks"] if not check["ok"])
+
+
+# ---- surroundings
+
+
+@pytest.mark.slow
+def test_names_may_be_long_and_have_spaces(program: Program, tmp_path: Path) -> None:
+    """Ray makes sockets in the temporary folder, whose paths have room for 107 bytes."""
+    storage, temporary = tmp_path / "sto rage ü", tmp_path / ("t" * 80)
+    temporary.mkdir()
+    spec = program.spec("n" * 63, {"training": {"epoch_s": 0.0}})
+    found = program.run("run", spec, "--json", "--storage", str(storage), env={"TMPDIR": str(temporary)})
+    assert (found.code, found.json["state"]) == (0, "completed"), found.err
+    assert list(temporary.glob("tune-*")) == []
+
+
+def test_a_trainable_is_found_on_the_python_path(program: Program, tmp_path: Path) -> None:
+    shutil.copy(program.specs / "toys.py", tmp_path / "bakery.py")
+    spec = program.spec("path", {"trainable": "bakery:steady"})
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    assert program.run("check", spec).code == 2
+    assert program.run("check", spec, env={"PYTHONPATH": path}).code == 0
 
 
 # ---- input that is wrong

@@ -116,6 +116,7 @@ def test_a_killed_driver_takes_its_ray_along_and_the_study_goes_on(program: Prog
     _sweep(program)
 
 
+@pytest.mark.slow
 def test_a_stopped_study_ends_at_the_next_reports_and_goes_on(program: Program) -> None:
     changes = {
         "training": {"faults": [{"x": x, "epoch": 2, "does": "hold"} for x in (0, 1)]},
