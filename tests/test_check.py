@@ -53,13 +53,37 @@ def load_problems(spec: dict[str, Any], folder: Path) -> dict[str, str]:
 
 def test_a_sound_spec_passes_every_check_and_each_says_what_it_found(finetune: dict[str, Any], tmp_path: Path) -> None:
     found = checks(finetune, tmp_path)
-    assert list(found) == ["storage", "resources", "model", "data"]
+    assert list(found) == ["storage", "resources", "model", "data", "checkpoints"]
     assert all(check.ok and not check.advice for check in found.values())
     assert found["storage"].found == f"{tmp_path / 'studies'} can be written"
     assert found["resources"].found == "2 CPUs, 0 GPUs: 2 trials at once"
     assert found["model"].found == str(tmp_path / "tokenizer")
     assert found["data"].found.startswith("8 train, 4 validation rows; train: 0 ")
     assert found["data"].to_json() == {"name": "data", "ok": True, "found": found["data"].found, "advice": ""}
+
+
+def test_a_budget_too_small_for_the_checkpoints_of_one_trial_is_refused(
+    finetune: dict[str, Any], tmp_path: Path
+) -> None:
+    """Weights and AdamW's two moments in fp32: 12 bytes a parameter, and four checkpoints at one moment."""
+    size = {"n_layer": 2, "n_embd": 128, "vocab_size": 1000}
+    finetune["model"]["config"] |= size
+    each = (1000 * 128 + 2 * 8 * 128**2) * 12
+    finetune["checkpoints"] = {"budget_gib": 4 * each / GIB * 1.001}
+    assert checks(finetune, tmp_path)["checkpoints"].ok
+    finetune["checkpoints"] = {"budget_gib": 4 * each / GIB * 0.99}
+    found = checks(finetune, tmp_path)["checkpoints"]
+    assert not found.ok and [problem.place for problem in found.problems] == ["checkpoints.budget_gib"]
+    assert load_problems(finetune, tmp_path).keys() == {"checkpoints.budget_gib"}
+
+
+def test_a_disk_without_room_for_one_trial_is_refused(
+    finetune: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune["model"]["config"] |= {"n_layer": 2, "n_embd": 128, "vocab_size": 1000}
+    monkeypatch.setattr(Storage, "free_bytes", lambda self: 1_000_000)
+    found = checks(finetune, tmp_path)["checkpoints"]
+    assert not found.ok and "are free at" in found.found
 
 
 def test_nothing_is_written_by_looking(finetune: dict[str, Any], tmp_path: Path) -> None:

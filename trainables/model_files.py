@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,31 @@ def local_folder(name: str) -> Path | None:
     """The folder that `model.name` means; None: it is a name on the hub."""
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else None
+
+
+def least_parameters(model: ModelConfig) -> int:
+    """How many parameters the model has at least, by its files: 0 when they tell nothing, as of a hub model before it
+    is fetched.
+
+    By the weights' headers; from scratch by the sizes that all transformers have, with 8 matrices of hidden size a
+    layer (GPT-2 and BERT have 12).
+    """
+    folder = local_folder(model.name)
+    if folder is None:
+        return 0
+    if not model.from_scratch:
+        return sum(_num_elements(file) for file in folder.glob("model*.safetensors"))
+    config = (_read(folder / "config.json") if (folder / "config.json").is_file() else {}) | model.config
+    vocabulary, hidden = config.get("vocab_size", 0), config.get("n_embd") or config.get("hidden_size") or 0
+    layers = config.get("n_layer") or config.get("num_hidden_layers") or 0
+    return int(vocabulary * hidden + 8 * layers * hidden**2)
+
+
+def _num_elements(file: Path) -> int:
+    """Of all tensors of a safetensors file, by its header: its length in 8 bytes, then JSON."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def check_model_files(model: ModelConfig) -> list[Problem]:

@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from trainables.config import DataConfig
+from trainables.checkpoint import GIB
+from trainables.config import DataConfig, ModelConfig
 from trainables.data import TextData, read_texts
 from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
-from trainables.model_files import check_model_files
+from trainables.model_files import check_model_files, least_parameters
 from tune_service.machine import Machine, fit, resource_problems
 from tune_service.spec import StudySpec
 from tune_service.storage import Storage
 
 IMPORT_TIMEOUT_S = 120
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: weights and AdamW's two moments, in fp32."""
+CHECKPOINTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def run_checks(spec: StudySpec, storage: Storage, machine: Machine) -> list[Chec
         checks.append(_check("model", lambda: _raised(check_model_files(model)) or model.name))
     if spec.is_finetune and data is not None:
         checks.append(_check("data", lambda: _describe(_texts(data))))
+    if spec.is_finetune and model is not None:
+        checks.append(_check("checkpoints", lambda: _checkpoints(spec, model, storage)))
     return checks
 
 
@@ -96,6 +102,32 @@ def _resources(spec: StudySpec, machine: Machine) -> str:
     _raised(resource_problems(spec.resources, machine))
     room = fit(spec.resources, machine, spec.budget.concurrent_trials)
     return f"{machine.cpus} CPUs, {machine.gpus} GPUs: {room} trials at once"
+
+
+def _checkpoints(spec: StudySpec, model: ModelConfig, storage: Storage) -> str:
+    """Whether the budget, and the disk, hold the checkpoints that must be there at one moment for one trial to run."""
+    try:
+        each = least_parameters(model) * BYTES_PER_PARAMETER
+    except (OSError, ValueError, TypeError, KeyError):  # told by the check of the model
+        each = 0
+    needed, budget = CHECKPOINTS_AT_ONCE * each, spec.checkpoints.budget_bytes
+    if needed > budget:
+        raise UserError(
+            Problem(
+                "checkpoints.budget_gib",
+                f"holds {CHECKPOINTS_AT_ONCE} checkpoints: a trial's last, its next, the best, the best that has ended",
+                f"{spec.checkpoints.budget_gib:g}; one takes {each / GIB:.2g} GiB, optimizer state included",
+                f"at least {1.01 * needed / GIB:.2g}",
+            )
+        )
+    free = storage.free_bytes()
+    if needed > free:
+        found = f"{free / GIB:.2g} GiB are free at {storage.root}, {needed / GIB:.2g} are needed at least"
+        raise UserError(
+            Problem("--storage", "has room for the checkpoints of one trial", found, "another --storage DIR")
+        )
+    size = f"{each / GIB:.2g} GiB each at least, " if each else ""
+    return f"{size}{spec.checkpoints.budget_gib:g} GiB in all, {free / GIB:.3g} GiB free"
 
 
 @lru_cache(maxsize=1)

@@ -81,13 +81,21 @@ class Storage:
 
     def check_writable(self) -> None:
         """StorageError unless a folder can be made here; makes none."""
-        place = self.root
-        while not place.exists():
-            place = place.parent
+        place = self._place()
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK) or _read_only(place):
             raise StorageError(
                 Problem("--storage", "is a folder that can be written", f"{place} cannot", "another --storage DIR")
             )
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self._place()).free
+
+    def _place(self) -> Path:
+        """The root, or where it would be made."""
+        place = self.root
+        while not place.exists():
+            place = place.parent
+        return place
 
     def create(self, name: str) -> StudyFolder:
         folder = self.check_free(name)
