@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from trainables.config import ModelConfig
-from trainables.model_files import check_model_files
+from trainables.model_files import check_model_files, least_parameters
 
 
 def folder_with(folder: Path, **files: str) -> Path:
@@ -27,6 +29,21 @@ def found(folder: Path | str, from_scratch: bool = False) -> list[str]:
 
 def test_a_whole_folder_has_no_problem(tmp_path: Path) -> None:
     assert found(folder_with(tmp_path, config__json="{}", tokenizer__json="{}", model__safetensors="")) == []
+
+
+def test_the_parameters_of_saved_weights_are_counted_by_their_headers(tmp_path: Path) -> None:
+    save_file({"a": np.zeros((30, 4), np.float16), "b": np.zeros(7, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert least_parameters(ModelConfig(name=str(tmp_path))) == 127
+    assert least_parameters(ModelConfig(name="openai-community/gpt2")) == 0, "nothing is known before it is fetched"
+
+
+def test_the_parameters_of_a_model_from_scratch_are_estimated_by_its_sizes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_layer": 12, "n_embd": 768, "vocab_size": 50257}')
+    gpt2 = ModelConfig(name=str(tmp_path), from_scratch=True)
+    assert least_parameters(gpt2) == 50257 * 768 + 12 * 8 * 768**2  # 95 million; it has 124
+    smaller = ModelConfig(name=str(tmp_path), from_scratch=True, config={"n_layer": 2})
+    assert least_parameters(smaller) == 50257 * 768 + 2 * 8 * 768**2
 
 
 def test_everything_an_empty_folder_lacks_is_named_at_once(tmp_path: Path) -> None:

@@ -208,3 +208,15 @@ def test_a_trial_whose_ranks_always_die_is_given_up_and_the_others_go_on(program
     assert by_x[0]["state"] == "completed"
     assert found.json["best"]["number"] == by_x[0]["number"]
     assert len(read_notes(program.notes("doomed"))) > 0
+
+
+def test_a_trial_that_runs_out_of_memory_fails_at_once_and_the_next_one_has_it(program: Program) -> None:
+    changes = {
+        "training": {"faults": [{"x": 0, "epoch": 2, "does": "eat"}]},
+        "budget": {"concurrent_trials": 1},
+    }
+    status = program.json("run", program.spec("hungry", changes))
+    hungry, next_one = status["trials"]
+    assert (hungry["state"], hungry["restarts"]) == ("failed", 0)
+    assert hungry["reason"].startswith("out of memory: rank 0 raised MemoryError")
+    assert (next_one["state"], scores(next_one)) == ("completed", curve(1, 4))
