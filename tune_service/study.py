@@ -10,9 +10,11 @@ from types import FrameType
 from typing import Any, Protocol
 
 from trainables.errors import Problem
+from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
-from tune_service.errors import CommandError, SpecError, StudyRunningError
-from tune_service.local_ray import prepare_environment
+from tune_service.errors import CommandError, LeaseLostError, SpecError, StudyHaltedError, StudyRunningError
+from tune_service.lease import Lease
+from tune_service.local_ray import end_children, prepare_environment
 from tune_service.machine import fit, this_machine
 from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler
@@ -40,10 +42,10 @@ def run_study(spec: StudySpec, storage: Storage, display: Display) -> StudyStatu
     if problems:
         raise SpecError(problems)
     folder = storage.create(spec.name)
-    with folder.driving():
-        record = Record.create(folder, _stored(spec), _sampler(spec))
+    with folder.driving() as lease:
+        record = Record.create(folder, _stored(spec), _sampler(spec), lease)
         record.set_baseline(baseline(spec))
-        _drive(spec, folder, record, display)
+        _drive(spec, folder, record, lease, display)
     return Record.open(folder).status(deep=True)
 
 
@@ -54,14 +56,14 @@ def resume_study(name: str, trials: str | None, storage: Storage, display: Displ
     problems = problems_of(run_checks(spec, storage, this_machine()))
     if problems:
         raise SpecError(problems)
-    with folder.driving():
-        record = Record.open(folder, _sampler(spec))
+    with folder.driving(display.tell) as lease:
+        record = Record.open(folder, _sampler(spec), lease)
         if trials is not None:
             record.set_budget(_budget(trials, record))
         record.clear_stop()
         record.set_failure(None)
         record.pause_all("interrupted: the driver was gone")
-        _drive(spec, folder, record, display)
+        _drive(spec, folder, record, lease, display)
     return Record.open(folder).status(deep=True)
 
 
@@ -104,7 +106,7 @@ def stored_spec(record: Record) -> StudySpec:
     return parse_spec({key: value for key, value in stored.items() if key != "folder"}, stored["folder"], here=False)
 
 
-def _drive(spec: StudySpec, folder: StudyFolder, record: Record, display: Display) -> None:
+def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, display: Display) -> None:
     """Runs trials until there are no more. However it ends, no trial is left as if it still ran."""
     from tune_service.driver import USER_STOP, Driver
 
@@ -114,19 +116,42 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, display: Displa
     from tune_service.tuner import run_trials  # imports Ray, which reads the environment then
 
     driver = Driver(spec, record, display.tell)
+
+    def tick() -> None:
+        lease.sign_of_life()
+        display.show(record)
+
     reason = USER_STOP
     try:
-        with _terminate_as_interrupt(), output_to(folder.driver_log):
-            run_trials(spec, folder, driver, machine, concurrent, lambda: display.show(record))
+        with _terminate_as_interrupt(), output_to(folder.driver_log), lease.beating(end_children):
+            run_trials(spec, folder, driver, lease.identity, machine, concurrent, tick)
+        if driver.halted is not None:
+            raise _halted(spec.name, driver.halted)
         if record.failure is not None:
             reason = "the study failed"
     except BaseException as error:
+        lease.check()
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
         reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {what}"
+        if storage_is_away(error):
+            raise _halted(spec.name, what) from error
         raise
     finally:
+        _put_in_line(record, reason, display)
+
+
+def _put_in_line(record: Record, reason: str, display: Display) -> None:
+    """Trials without an end wait for `resume`. Where the record cannot say so, it is true all the same."""
+    try:
         record.pause_all(reason)
-        display.show(record)
+    except (OSError, LeaseLostError):
+        return
+    display.show(record)
+
+
+def _halted(name: str, why: str) -> StudyHaltedError:
+    expected = f"a storage with room that can be written, then `tune-service resume {name}`"
+    return StudyHaltedError(Problem(name, "a study's storage takes what it writes", why, expected))
 
 
 @contextmanager

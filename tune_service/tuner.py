@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,13 @@ from tune_service.storage import StudyFolder
 
 
 def run_trials(
-    spec: StudySpec, folder: StudyFolder, driver: Driver, machine: Machine, concurrent: int, tick: Callable[[], None]
+    spec: StudySpec,
+    folder: StudyFolder,
+    driver: Driver,
+    lease: tuple[str, int],
+    machine: Machine,
+    concurrent: int,
+    tick: Callable[[], None],
 ) -> None:
     """Runs the study's trials on this machine until the driver has no more. `tick` is called several times a second."""
     resources = spec.resources
@@ -35,11 +41,12 @@ def run_trials(
     # The empty first bundle is the supervisor's, which costs nothing; Tune leaves it out of the placement group.
     bundles = tune.PlacementGroupFactory([{}] + [dict(bundle) for _ in range(resources.workers)])
     with local_ray(machine.cpus, machine.gpus, namespace=spec.name) as scratch:
+        scheduler = _StudyScheduler(driver, concurrent)
         tuner = tune.Tuner(
             tune.with_resources(TrialSupervisor, bundles),
             tune_config=tune.TuneConfig(
-                search_alg=_StudySearcher(driver, partial(trial_config, spec, folder), concurrent),
-                scheduler=_StudyScheduler(driver, concurrent),
+                search_alg=_StudySearcher(driver, partial(trial_config, spec, folder, lease), concurrent),
+                scheduler=scheduler,
                 num_samples=-1,  # the driver counts
                 reuse_actors=True,
                 trial_name_creator=_trial_name,
@@ -48,7 +55,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name=spec.name,
                 storage_path=str(scratch / "tune"),
-                callbacks=[_Hooks(driver, tick)],
+                callbacks=[_Hooks(driver, scheduler.trials, tick)],
                 stop=_StudyStopper(driver),
                 failure_config=tune.FailureConfig(max_failures=spec.faults.restarts_per_trial),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # checkpoints are the supervisor's
@@ -58,9 +65,13 @@ def run_trials(
         tuner.fit()
 
 
-def trial_config(spec: StudySpec, folder: StudyFolder, asked: AskedTrial, slot: int) -> dict[str, Any]:
+def trial_config(
+    spec: StudySpec, folder: StudyFolder, lease: tuple[str, int], asked: AskedTrial, slot: int
+) -> dict[str, Any]:
     """What the supervisor is told, as plain values."""
     settings = spec.trial_settings().with_params(asked.params).model_dump(mode="json") if spec.is_finetune else {}
+    if spec.is_finetune and asked.micro_batch_size is not None:
+        settings["training"]["micro_batch_size"] = asked.micro_batch_size
     task = Task(
         number=asked.number,
         trainable=spec.trainable,
@@ -69,6 +80,9 @@ def trial_config(spec: StudySpec, folder: StudyFolder, asked: AskedTrial, slot: 
         max_epochs=spec.max_epochs,
         logs=str(folder.logs),
         checkpoints=str(folder.checkpoints.root),
+        budget_bytes=spec.checkpoints.budget_bytes,
+        lease=lease,
+        shrinks=spec.faults.on_oom == "shrink",
         settings=settings,
         import_path=str(spec.folder),
     )
@@ -107,7 +121,7 @@ class _StudySearcher(_NotKept, Searcher):  # type: ignore[misc]  # Ray has no ty
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         slot = next((slot for slot, holder in self._slots.items() if holder is None), None)
-        if slot is None:
+        if slot is None or not self._driver.has_room:
             return None  # Tune asks again
         asked = self._driver.ask()
         if asked is None:
@@ -134,9 +148,12 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
         self._driver = driver
         self._concurrent = concurrent
         self._cache_is_wide = False
+        self.trials: dict[str, Trial] = {}
+        """Those without an end, by Tune's id."""
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
+        self.trials[trial.trial_id] = trial
         if not self._cache_is_wide:
             # Tune keeps one idle actor. When two trials end together, the second one's warm worker group would be
             # ended, and started again seconds later. There is no public setting for this.
@@ -146,12 +163,25 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         return str(TrialScheduler.CONTINUE if self._driver.result(result) else TrialScheduler.STOP)
 
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, trial, result)
+        self.trials.pop(trial.trial_id, None)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_remove(tune_controller, trial)
+        self.trials.pop(trial.trial_id, None)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_error(tune_controller, trial)
+        self.trials.pop(trial.trial_id, None)
+
 
 class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
     """Tune's other events."""
 
-    def __init__(self, driver: Driver, tick: Callable[[], None]) -> None:
+    def __init__(self, driver: Driver, open_trials: Mapping[str, Trial], tick: Callable[[], None]) -> None:
         self._driver = driver
+        self._open_trials = open_trials
         self._tick = tick
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -164,11 +194,13 @@ class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
         self._driver.supervisor_lost(_number(trial), _error_line(trial), final=True)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        for number in self._driver.poll():
-            for trial in trials:
-                actor = trial.temporary_state.ray_actor
-                if _number(trial) == number and actor is not None:
-                    ray.kill(actor)  # Tune then sees it fail, which it does not when the process is only silent
+        overdue = set(self._driver.poll())
+        for trial in self._open_trials.values():
+            number, actor = _number(trial), trial.temporary_state.ray_actor
+            if actor is not None and trial.status == Trial.PENDING:
+                self._driver.handed_over(number)
+            if actor is not None and number in overdue:
+                ray.kill(actor)  # Tune then sees it fail, which it does not when the process is only silent
         self._tick()
 
 
