@@ -106,6 +106,38 @@ class StudySampler(BaseSampler):
         return TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
+def suggest(
+    study: optuna.Study, number: int, given: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
+) -> dict[str, Any]:
+    """Parameters for trial `number`, which is not in the study yet: the given ones, the others as the sampler says.
+
+    In the order of Optuna's own `Trial.suggest_*`, which needs a trial in the storage and writes each one by itself.
+    """
+    trial = FrozenTrial(
+        number=number,
+        trial_id=number,
+        state=OptunaState.RUNNING,
+        value=None,
+        datetime_start=None,
+        datetime_complete=None,
+        params={},
+        distributions={},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+    )
+    sampled = dict(given)
+    if not given.keys() >= distributions.keys():
+        space = study.sampler.infer_relative_search_space(study, trial)
+        sampled = study.sampler.sample_relative(study, trial, space) | sampled
+    for name, domain in distributions.items():
+        if name not in sampled and isinstance(domain, CategoricalDistribution) and domain.single():
+            sampled[name] = domain.choices[0]
+        elif name not in sampled:
+            sampled[name] = study.sampler.sample_independent(study, trial, name, domain)
+    return {name: sampled[name] for name in distributions}
+
+
 class SamplerView(InMemoryStorage):
     """The trials of a study that TPE is shown: all without an end, and of those with one at most `bound`.
 
