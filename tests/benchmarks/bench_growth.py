@@ -52,7 +52,7 @@ class Meter(threading.Thread):
         super().__init__(daemon=True)
         self._driver = psutil.Process(pid)
         self._journal = journal
-        self._cpu_s: dict[tuple[str, int], float] = {}
+        self._cpu_s: dict[int, tuple[str, float]] = {}
         self.memory: list[tuple[int, int]] = []
         """(ended trials, bytes of the driver)"""
         self.most_bytes = 0
@@ -67,7 +67,8 @@ class Meter(threading.Thread):
                 for process in processes:
                     with suppress(psutil.Error):
                         times = process.cpu_times()
-                        self._cpu_s[kind_of(process, self._driver.pid), process.pid] = times.user + times.system
+                        kind = kind_of(process, self._driver.pid)  # an idle worker becomes a rank
+                        self._cpu_s[process.pid] = (kind, times.user + times.system)
                 if self._journal.exists():
                     with self._journal.open("rb") as file:
                         file.seek(offset)
@@ -81,7 +82,7 @@ class Meter(threading.Thread):
 
     def cpu_s(self) -> dict[str, float]:
         total: Counter[str] = Counter()
-        for (kind, _), seconds in self._cpu_s.items():
+        for kind, seconds in self._cpu_s.values():
             total[kind] += seconds  # type: ignore[assignment]
         return {kind: round(seconds, 1) for kind, seconds in sorted(total.items())}
 
@@ -98,7 +99,7 @@ def kind_of(process: psutil.Process, driver: int) -> str:
     if process.pid == driver:
         return "driver"
     command = " ".join(process.cmdline())
-    for part, kind in (("TrialSupervisor", "supervisors"), ("RankActor", "ranks"), ("ray::", "other workers")):
+    for part, kind in (("TrialSupervisor", "supervisors"), ("RankActor", "ranks"), ("ray::", "idle workers")):
         if part in command:
             return kind
     return "ray"  # raylet, GCS and their agents
