@@ -9,7 +9,7 @@ from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
 from typing import Any, Protocol
 
-from trainables.errors import Problem
+from trainables.errors import Problem, StorageUnavailableError
 from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import CommandError, LeaseLostError, SpecError, StudyHaltedError, StudyRunningError
@@ -34,6 +34,9 @@ class Display(Protocol):
 
     def show(self, record: Record) -> None:
         """The state of things, called several times a second."""
+
+    def abort(self, error: BaseException) -> None:
+        """Ends this process at once, from whatever thread, and says why."""
 
 
 def run_study(spec: StudySpec, storage: Storage, display: Display) -> StudyStatus:
@@ -121,20 +124,24 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
         lease.sign_of_life()
         display.show(record)
 
+    def abort(why: str) -> None:
+        end_children()
+        display.abort(_halted(spec.name, "Ray runs as long as its study", why))
+
     reason = USER_STOP
     try:
-        with _terminate_as_interrupt(), output_to(folder.driver_log), lease.beating(end_children):
-            run_trials(spec, folder, driver, lease.identity, machine, concurrent, tick)
+        with _terminate_as_interrupt(), output_to(folder.driver_log), lease.beating(abort):
+            run_trials(spec, folder, driver, lease.identity, machine, concurrent, tick, abort)
         if driver.halted is not None:
-            raise _halted(spec.name, driver.halted)
+            raise StorageUnavailableError(driver.halted)
         if record.failure is not None:
             reason = "the study failed"
     except BaseException as error:
         lease.check()
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
         reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {what}"
-        if storage_is_away(error):
-            raise _halted(spec.name, what) from error
+        if isinstance(error, StorageUnavailableError) or storage_is_away(error):
+            raise _halted(spec.name, "a study's storage takes what it writes", what) from error
         raise
     finally:
         _put_in_line(record, reason, display)
@@ -149,9 +156,8 @@ def _put_in_line(record: Record, reason: str, display: Display) -> None:
     display.show(record)
 
 
-def _halted(name: str, why: str) -> StudyHaltedError:
-    expected = f"a storage with room that can be written, then `tune-service resume {name}`"
-    return StudyHaltedError(Problem(name, "a study's storage takes what it writes", why, expected))
+def _halted(name: str, rule: str, found: str) -> StudyHaltedError:
+    return StudyHaltedError(Problem(name, rule, found, f"`tune-service resume {name}` when that is put right"))
 
 
 @contextmanager

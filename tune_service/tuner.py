@@ -35,15 +35,19 @@ def run_trials(
     machine: Machine,
     concurrent: int,
     tick: Callable[[], None],
+    on_lost: Callable[[str], None],
 ) -> None:
-    """Runs the study's trials on this machine until the driver has no more. `tick` is called several times a second."""
+    """Runs the study's trials on this machine until the driver has no more.
+
+    `tick` is called several times a second; `on_lost` when Ray is lost.
+    """
     resources = spec.resources
     bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
     # The empty first bundle is the supervisor's, which costs nothing; Tune leaves it out of the placement group.
     bundles = tune.PlacementGroupFactory([{}] + [dict(bundle) for _ in range(resources.workers)])
-    with local_ray(machine.cpus, machine.gpus, namespace=spec.name) as scratch:
+    with local_ray(machine.cpus, machine.gpus, namespace=spec.name, on_lost=on_lost) as scratch:
         scheduler = _StudyScheduler(driver, concurrent)
         tuner = tune.Tuner(
             tune.with_resources(TrialSupervisor, bundles),
