@@ -22,6 +22,7 @@ from trainables.errors import (
     TrialError,
 )
 from trainables.memory import is_out_of_memory
+from trainables.redaction import redacted
 from trainables.report import Context, Report, Trainable
 
 START_DEADLINE_S = 15 * 60.0
@@ -158,8 +159,9 @@ def log_tail(path: Path) -> str:
     """The last lines of a rank's log; empty when there is none."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 16_384))
-            lines = file.read().decode(errors="replace").splitlines()
+            start = max(0, path.stat().st_size - 16_384)
+            file.seek(start)
+            lines = file.read().decode(errors="replace").splitlines()[start > 0 :]  # the first one may be cut
     except OSError:
         return ""
     return "\n".join(lines[-LOG_LINES:])
@@ -201,13 +203,13 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            traceback.print_exception(error)
+            sys.stderr.write(redacted("".join(traceback.format_exception(error))))
             sys.stderr.flush()
             try:
                 text = str(error).strip()
             except Exception:
                 text = ""  # the traceback in the log says as much
-            said = f"{type(error).__name__}{': ' if text else ''}{text}"
+            said = redacted(f"{type(error).__name__}{': ' if text else ''}{text}")
             if is_out_of_memory(error):
                 raise OutOfMemoryError(f"out of memory: rank {self._rank} raised {said}") from None
             if self._writes and storage_is_away(error):

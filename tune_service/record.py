@@ -23,6 +23,7 @@ from optuna.trial import TrialState as OptunaState
 from trainables.checkpoint import finite_or_none, verify
 from trainables.errors import Problem
 from trainables.fault_points import fault_point
+from trainables.redaction import redacted
 from tune_service.errors import StorageError
 from tune_service.journal import Journal
 from tune_service.lease import Lease
@@ -190,7 +191,7 @@ class Record:
         for trial in self._trials():
             if trial.state == OptunaState.RUNNING:
                 if "started_at" in trial.user_attrs:
-                    self._set(trial, "reason", reason)
+                    self._set(trial, "reason", redacted(reason))
                 self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
 
     def request_stop(self, now: bool) -> None:
@@ -206,6 +207,7 @@ class Record:
 
     def set_failure(self, reason: str | None) -> None:
         """Why the study ended as a whole, before its budget."""
+        reason = reason and redacted(reason)
         if self.failure != reason:
             self._study.set_user_attr("failure", reason)
 
@@ -357,6 +359,7 @@ class Record:
         attrs: Mapping[str, Any] | None = None,
     ) -> None:
         trial = self._trial(number)
+        reason = reason and redacted(reason)
         news = dict(attrs or {})
         if trial.user_attrs.get("reason") != reason:
             news["reason"] = reason

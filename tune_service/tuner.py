@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from trainables.redaction import redacted
 from trainables.trial import GroupShape, TrialSupervisor
 from trainables.worker import Task
 from tune_service.driver import Driver
@@ -251,7 +252,7 @@ def _error_line(trial: Trial) -> str:
     """What Ray says of a supervisor's end, on one line."""
     path = trial.error_file
     lines = Path(path).read_text(errors="replace").splitlines() if path else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no word of why")
+    return redacted(next((line.strip() for line in reversed(lines) if line.strip()), "no word of why"))
 
 
 def _trial_name(trial: Trial) -> str:
