@@ -62,8 +62,14 @@ class Manifest:
                     f"{folder}: format {raw['format']} is not {FORMAT}, the one that this version reads"
                 )
             files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
-            return Manifest(int(raw["trial"]), int(raw["epoch"]), dict(raw["metrics"]), files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            outside = sorted(name for name in files if not _lies_inside(folder, name))
+            if outside:
+                raise CheckpointError(
+                    f"{folder}: {MANIFEST} names a file that is not one of the folder: {outside[0]!r}"
+                )
+            metrics = {str(name): None if value is None else float(value) for name, value in raw["metrics"].items()}
+            return Manifest(int(raw["trial"]), int(raw["epoch"]), metrics, files)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder}: no readable {MANIFEST}: {error}") from error
 
 
@@ -142,19 +148,17 @@ class CheckpointStore:
         """The newest checkpoint of a trial whose bytes are all there."""
         for epoch in sorted(self.epochs(trial), reverse=True):
             folder = self.folder(trial, epoch)
-            if verify(folder):
-                return Manifest.read(folder)
+            if verify(folder) and (manifest := Manifest.read(folder)).epoch == epoch and manifest.trial == trial:
+                return manifest
         return None
 
     def epochs(self, trial: int) -> list[int]:
         """Epochs of a trial that have a committed checkpoint."""
-        folders = self.folder(trial, 0).parent.glob("epoch-*")
-        return sorted(int(folder.name.removeprefix("epoch-")) for folder in folders)
+        return _numbers(self.folder(trial, 0).parent, "epoch-")
 
     def kept(self) -> dict[int, list[int]]:
         """Trial -> its epochs that have a committed checkpoint, for the trials that have any."""
-        trials = sorted(int(folder.name.removeprefix("trial-")) for folder in self.root.glob("trial-*"))
-        return {trial: epochs for trial in trials if (epochs := self.epochs(trial))}
+        return {trial: epochs for trial in _numbers(self.root, "trial-") if (epochs := self.epochs(trial))}
 
     def num_bytes(self, trial: int, epoch: int) -> int:
         """Size by the manifest; 0 when that cannot be read."""
@@ -207,6 +211,19 @@ def verify(folder: Path, deep: bool = True) -> bool:
         )
     except (CheckpointError, OSError):
         return False
+
+
+def _lies_inside(folder: Path, name: str) -> bool:
+    """Whether a manifest's file is of its folder: `../x`, `/x` and what a symbolic link leads to are not."""
+    root = folder.resolve()
+    path = root / name
+    return path != root and path.is_relative_to(root) and path.resolve() == path
+
+
+def _numbers(folder: Path, prefix: str) -> list[int]:
+    """The numbers of the folders that are named PREFIX and a number; whatever else is there is not ours."""
+    named = (entry.name.removeprefix(prefix) for entry in folder.glob(f"{prefix}*") if not entry.is_symlink())
+    return sorted(int(number) for number in named if number.isascii() and number.isdecimal())
 
 
 def sizes_and_hashes(folder: Path) -> dict[str, tuple[int, str]]:

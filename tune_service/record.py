@@ -77,7 +77,8 @@ class Record:
         self.folder = folder
         self._study = study
         self._storage = storage
-        self.objective = ObjectiveStatus(**study.user_attrs["spec"]["objective"])
+        self.objective = ObjectiveStatus(**self.spec["objective"])
+        int(self._attrs["budget_trials"])
 
     @staticmethod
     def create(
@@ -107,16 +108,14 @@ class Record:
         try:
             storage = Journal(folder.journal, folder.journal_lock, lease)
             study = optuna.load_study(study_name=folder.name, storage=storage, sampler=sampler)
-            version = study.user_attrs["format"]
-        except (OSError, ValueError, KeyError) as error:
-            found = f"{folder.journal}: {type(error).__name__}: {error}"
-            raise StorageError(
-                Problem(folder.name, "has a record that can be read", found, "a whole record")
-            ) from error
-        if version > FORMAT:
+            version = int(study.user_attrs["format"])
+            record = Record(folder, study, storage) if version <= FORMAT else None
+        except Exception as error:  # what Optuna makes of a file that is not its own is anything
+            raise _unreadable(folder, f"{type(error).__name__}: {error}") from error
+        if record is None:
             found = f"a record of format {version}"
             raise StorageError(Problem(folder.name, f"has a record of format {FORMAT}", found, "a newer tune-service"))
-        return Record(folder, study, storage)
+        return record
 
     # What the driver writes
 
@@ -311,6 +310,12 @@ class Record:
             self._set(trial, "saves", True)
 
     def _status(self, trial: FrozenTrial, alive: bool, kept: list[int]) -> TrialStatus:
+        try:
+            return self._read(trial, alive, kept)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _unreadable(self.folder, f"trial {trial.number}: {type(error).__name__}: {error}") from error
+
+    def _read(self, trial: FrozenTrial, alive: bool, kept: list[int]) -> TrialStatus:
         attrs = trial.user_attrs
         reports = sorted(
             (
@@ -381,6 +386,11 @@ class Record:
 
     def _set(self, trial: FrozenTrial, name: str, value: Any) -> None:
         self._storage.set_trial_user_attr(trial._trial_id, name, value)
+
+
+def _unreadable(folder: StudyFolder, why: str) -> StorageError:
+    found = f"{folder.journal}: {why}"
+    return StorageError(Problem(folder.name, "has a record that can be read", found[:1000], "a whole record"))
 
 
 def direction_of(mode: str) -> StudyDirection:
