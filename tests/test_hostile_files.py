@@ -202,9 +202,10 @@ def test_a_manifest_that_names_a_file_outside_is_no_manifest(tmp_path: Path, way
         manifest["files"][names[way]] = {"bytes": 1, "sha256": sha256(secret / "key")}
         (inside / MANIFEST).write_text(json.dumps(manifest))
         store, folder = CheckpointStore(tmp_path / "study" / "checkpoints"), inside
-    with pytest.raises(CheckpointError, match="names a file that is not one of the folder"):
-        Manifest.read(folder)
-    assert not verify(folder) and store.latest(0) is None and store.num_bytes(0, 1) == 0
+    assert not verify(folder, deep=False) and not verify(folder) and store.latest(0) is None
+    if "link" not in way:
+        with pytest.raises(CheckpointError, match="names a file that is not one of the folder"):
+            Manifest.read(folder)
 
 
 ODD = """[]
