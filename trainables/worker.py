@@ -30,6 +30,8 @@ START_DEADLINE_S = 15 * 60.0
 which may download a model and data, has as long again."""
 LOG_LINES = 20
 """Lines of a rank's log that go into the reason of a failure."""
+LOG_BYTES = 16_384
+"""The most of it, however long its lines are."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,9 @@ def log_tail(path: Path) -> str:
     """The last lines of a rank's log; empty when there is none."""
     try:
         with path.open("rb") as file:
-            start = max(0, path.stat().st_size - 16_384)
-            file.seek(start)
-            lines = file.read().decode(errors="replace").splitlines()[start > 0 :]  # the first one may be cut
+            # Some more at first, so that no secret is cut in two before it is found.
+            file.seek(max(0, path.stat().st_size - 2 * LOG_BYTES))
+            lines = redacted(file.read().decode(errors="replace"))[-LOG_BYTES:].splitlines()
     except OSError:
         return ""
     return "\n".join(lines[-LOG_LINES:])

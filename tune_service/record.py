@@ -319,7 +319,7 @@ class Record:
         attrs = trial.user_attrs
         reports = sorted(
             (
-                EpochReport(epoch=int(name.removeprefix(_REPORT)), metrics=entry["metrics"])
+                EpochReport(epoch=int(name.removeprefix(_REPORT)), metrics=_finite(entry["metrics"]))
                 for name, entry in attrs.items()
                 if name.startswith(_REPORT)
             ),
@@ -386,6 +386,11 @@ class Record:
 
     def _set(self, trial: FrozenTrial, name: str, value: Any) -> None:
         self._storage.set_trial_user_attr(trial._trial_id, name, value)
+
+
+def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """As they are; a number that is not finite, which no version of ours writes, as None."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _unreadable(folder: StudyFolder, why: str) -> StorageError:

@@ -13,7 +13,7 @@ TrialState = Literal["waiting", "running", "paused", "completed", "pruned", "fai
 
 
 class _Status(BaseModel):
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True)
 
 
 class ObjectiveStatus(_Status):
