@@ -87,10 +87,10 @@ class CheckpointStore:
 
         Raises OSError (ENOSPC) when the disk has none, CheckpointBudgetError when the study's budget has none.
         """
-        sizes = [self.num_bytes(trial, epoch) for epoch in self.epochs(trial)]
-        if not sizes:
-            sizes = [self.num_bytes(number, epoch) for number, epochs in self.kept().items() for epoch in epochs]
-        expected = max(sizes, default=0)
+        trials = {trial: self.epochs(trial)}
+        if not trials[trial]:  # its first one: as large as the others'
+            trials = self.kept()
+        expected = max((self.num_bytes(number, epoch) for number in trials for epoch in trials[number]), default=0)
         self._check_budget(expected)
         self.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.root).free
@@ -108,7 +108,12 @@ class CheckpointStore:
 
     def total_bytes(self) -> int:
         """All that lies in the store, unfinished checkpoints too."""
-        return _num_bytes_under(self.root)
+        total = 0
+        for folder, _, names in os.walk(self.root):  # which passes over folders that the driver deletes meanwhile
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += Path(folder, name).stat().st_size
+        return total
 
     def folder(self, trial: int, epoch: int) -> Path:
         return self.root / f"trial-{trial:05d}" / f"epoch-{epoch:04d}"
@@ -211,19 +216,6 @@ def verify(folder: Path, deep: bool = True) -> bool:
         )
     except (CheckpointError, OSError):
         return False
-
-
-def _num_bytes_under(folder: str | Path) -> int:
-    """Of all files, as they are found: others may be deleting some. `rglob` takes four times as long."""
-    num_bytes = 0
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                num_bytes += _num_bytes_under(entry.path)
-            else:
-                with contextlib.suppress(FileNotFoundError):
-                    num_bytes += entry.stat(follow_symlinks=False).st_size
-    return num_bytes
 
 
 def _is_inner(name: str) -> bool:
