@@ -91,6 +91,11 @@ class Driver:
         return asked
 
     @property
+    def has_running(self) -> bool:
+        """Whether some trial was handed out and has not been left."""
+        return bool(self._out)
+
+    @property
     def has_room(self) -> bool:
         """Whether the checkpoints' budget lets one more trial run beside those that do.
 

@@ -133,7 +133,8 @@ class _StudySearcher(_NotKept, Searcher):  # type: ignore[misc]  # Ray has no ty
             return None  # Tune asks again
         asked = self._driver.ask()
         if asked is None:
-            return str(Searcher.FINISHED)
+            # While trials run, one of them may come back in line.
+            return None if self._driver.has_running else str(Searcher.FINISHED)
         self._slots[slot] = trial_id
         return self._config_of(asked, slot)
 
