@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_growth.py [--trials 100 1000] [--concurrent 2 32] [--epoch-s 0.5] [--out growth.html]
 
 A study for each pair of the two lists. Wall time is from the first trial's start to the last one's end; ideal is what
-the trials wait. Memory is the driver's, from its 20th ended trial on; CPU is the whole command's, Ray's start included,
+the trials wait. Memory is the driver's, from its 50th ended trial on; CPU is the whole command's, Ray's start included,
 by process. Where plotly is installed, `--out` is a page with the curves.
 """
 
@@ -28,7 +28,7 @@ import yaml
 from machine import show
 
 EPOCHS = 2
-WARM_TRIALS = 20
+WARM_TRIALS = 50
 SAMPLE_S = 0.5
 
 
@@ -99,10 +99,14 @@ def kind_of(process: psutil.Process, driver: int) -> str:
     if process.pid == driver:
         return "driver"
     command = " ".join(process.cmdline())
-    for part, kind in (("TrialSupervisor", "supervisors"), ("RankActor", "ranks"), ("ray::", "idle workers")):
-        if part in command:
-            return kind
-    return "ray"  # raylet, GCS and their agents
+    # Tune wraps the supervisor's class, and a process has now this and now that name of it.
+    parts = {
+        "ResourceTrai": "supervisors",
+        "TrialSupervisor": "supervisors",
+        "RankActor": "ranks",
+        "ray::": "idle workers",
+    }
+    return next((kind for part, kind in parts.items() if part in command), "ray")  # raylet, GCS and their agents
 
 
 def pss_of(process: psutil.Process) -> int:
