@@ -22,8 +22,8 @@ FORMATS = sorted(int(path.name.removeprefix("format-")) for path in GOLDEN.glob(
 TRIALS = [
     # state, reason, scores, restarts, epoch of the checkpoint
     ("completed", None, [0.5, 0.6, 0.7], 0, 3),
-    ("pruned", "asha: epoch 1, rank 2 of 2", [0.1], 0, 1),
-    ("pruned", "diverged: score is nan at epoch 2", [0.55, None], 0, 1),
+    ("pruned", "asha: epoch 1, rank 2 of 2", [0.1], 0, None),
+    ("pruned", "diverged: score is nan at epoch 2", [0.55, None], 0, None),
     ("failed", "rank 0 raised ValueError: three is not allowed", [], 1, None),
     ("completed", None, [0.6, 0.9, 0.8], 0, 2),
     ("paused", "stopped by the user", [0.7], 0, 1),

@@ -1,4 +1,5 @@
-"""Makes the golden study of this format, with the program itself: `python tests/golden/make.py`.
+"""Makes the golden study of this format: `python tests/golden/make.py`. Driver, supervisor and trainable are the real
+ones, in this one process.
 
 To be run when FORMAT of `tune_service/record.py` is raised, and never again for a format that was released: the point
 of a golden study is that it was written by the version of its time.
@@ -6,16 +7,19 @@ of a golden study is that it was written by the version of its time.
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from tune_service.record import FORMAT
+from trainables.trial import TrialSupervisor
+from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
+from tune_service.driver import USER_STOP, Driver
+from tune_service.record import FORMAT, Record, direction_of
+from tune_service.searcher import StudySampler
+from tune_service.spec import parse_spec
+from tune_service.storage import Storage
+from tune_service.study import _stored
+from tune_service.tuner import trial_config
 
 WORK = Path("/tmp/golden")
 """The study remembers where its spec was, so this must say nothing of whoever made it."""
@@ -24,7 +28,6 @@ OUT = Path(__file__).parent / f"format-{FORMAT}"
 TRAINABLE = """
 import json
 import math
-import time
 from trainables import Report
 
 CURVES = [[0.5, 0.6, 0.7], [0.1], [0.55, math.nan], [], [0.6, 0.9, 0.8], [0.7]]
@@ -38,7 +41,6 @@ def train(context):
         yield Report(epoch, {"score": score, "train_loss": 1 / epoch}, save=save)
     if x == 3:
         raise ValueError("three is not allowed")
-    time.sleep(600)
 """
 
 SPEC = {
@@ -55,25 +57,43 @@ SPEC = {
 }
 
 
+class Supervisor(TrialSupervisor):
+    """The real one without Ray: its group is a rank in this process."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.setup(config)
+
+    def _new_group(self) -> WorkerGroup:
+        return InProcessWorkerGroup()
+
+
 def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir()
     (WORK / "golden_module.py").write_text(TRAINABLE)
-    (WORK / "spec.yaml").write_text(yaml.safe_dump(SPEC, sort_keys=False))
-    program = [sys.executable, "-m", "tune_service.cli"]
-    place = ["--storage", str(WORK / "studies"), "--json"]
-    with subprocess.Popen([*program, "run", str(WORK / "spec.yaml"), *place], stdout=subprocess.DEVNULL):
-        while True:  # the last trial waits after its first epoch
-            time.sleep(2)
-            done = subprocess.run([*program, "status", "golden", *place], capture_output=True, text=True, check=False)
-            trials = json.loads(done.stdout).get("trials", [])
-            if len(trials) == 6 and trials[5]["reports"]:
+    spec = parse_spec(SPEC, WORK)
+    folder = Storage(WORK / "studies").create(spec.name)
+    sampler = StudySampler(spec.sampler.name, spec.sampler.seed, direction_of(spec.objective.mode))
+    with folder.driving() as lease:
+        record = Record.create(folder, _stored(spec), sampler, lease)
+        driver = Driver(spec, record, lambda line: None)
+        while (asked := driver.ask()) is not None:
+            driver.started(asked.number)
+            supervisor = Supervisor(trial_config(spec, folder, lease.identity, asked, slot=0))
+            while driver.result(supervisor.step()):
+                if asked.params["x"] == 5 and record.trial(asked.number).reports:
+                    record.request_stop(now=True)
+                    break
+            supervisor.cleanup()
+            if record.stop_request is not None:
                 break
-        subprocess.run([*program, "stop", "golden", "--now", *place], check=True, stdout=subprocess.DEVNULL)
+        record.pause_all(USER_STOP)
     shutil.rmtree(OUT, ignore_errors=True)
-    (OUT / "golden").mkdir(parents=True)
-    shutil.copy(WORK / "studies" / "golden" / "record.journal", OUT / "golden")
-    shutil.copytree(WORK / "studies" / "golden" / "checkpoints", OUT / "golden" / "checkpoints")
+    (OUT / spec.name).mkdir(parents=True)
+    # A log's last lines name files of this tree.
+    written = folder.journal.read_text().replace(str(Path(__file__).parents[2]), str(WORK / "tune-service"))
+    (OUT / spec.name / folder.journal.name).write_text(written)
+    shutil.copytree(folder.checkpoints.root, OUT / spec.name / "checkpoints")
     shutil.rmtree(WORK)
 
 
