@@ -42,11 +42,17 @@ class SmallDisk:
     def make_room(self) -> None:
         (self.place / "filler").unlink()
 
-    def set_writable(self, writable: bool) -> None:
-        _mount("-o", f"remount,{'rw' if writable else 'ro'}", str(self.place))
+    def make_read_only(self) -> None:
+        """By a second, read-only way to the same place: files that are open do not keep that from being."""
+        _mount("--bind", str(self.place), str(self.place))
+        _mount("-o", "remount,bind,ro", str(self.place))
+
+    def make_writable(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.place)], check=True)
 
     def close(self) -> None:
-        subprocess.run(["umount", "--lazy", str(self.place)], check=True)
+        while self.place.is_mount():
+            subprocess.run(["umount", "--lazy", str(self.place)], check=True)
 
 
 def _mount(*arguments: str) -> None:
@@ -137,7 +143,7 @@ def test_a_storage_that_is_read_only_for_a_time_loses_nothing(program: Program, 
     command = program.start("run", program.spec("full", hold(1, 2)), "--json")
     program.wait_for_note("full", "hold", 1, 2)
     wait_until(lambda: program.json("status", "full")["trials"][1]["checkpoint"], 30, "the first checkpoint")
-    disk.set_writable(False)
+    disk.make_read_only()
     program.release("full")
     found = command.wait()
     assert found.code == 1
@@ -145,7 +151,7 @@ def test_a_storage_that_is_read_only_for_a_time_loses_nothing(program: Program, 
     refused = program.run("resume", "full", "--json")
     assert (refused.code, list(refused.json)) == (2, ["errors"])
     assert "can be written" in refused.out
-    disk.set_writable(True)
+    disk.make_writable()
     check_gone_on(program)
 
 
