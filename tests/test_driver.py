@@ -675,18 +675,23 @@ def test_trials_that_were_running_at_the_kill_change_no_later_trial(tmp_path: Pa
     assert study.params() == undisturbed.params()
 
 
+@pytest.mark.parametrize("left", ["nothing", "a trial without params"])
 def test_a_trial_whose_driver_was_killed_before_it_had_params_gets_those_of_an_undisturbed_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
     undisturbed, study = HandDriven(tmp_path / "undisturbed"), HandDriven(tmp_path / "killed")
     for each in (undisturbed, study):
         play(each, until=12)
         each.begin()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(optuna.Study, "ask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        study.driver.ask()
+    if left == "nothing":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("tune_service.record.create_trial", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+            study.driver.ask()
+    else:
+        study.record._study.enqueue_trial({})  # as earlier versions did, and other tools of Optuna's do
     study.kill()
-    assert [trial.state for trial in study.record.trials()][12:] == ["paused", "waiting"]
+    waiting = [] if left == "nothing" else ["waiting"]
+    assert [trial.state for trial in study.record.trials()][12:] == ["paused", *waiting]
     study.resume()
     assert study.begin() == 12
     for each in (undisturbed, study):

@@ -6,12 +6,16 @@ import io
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.trial import FrozenTrial
 from rich.console import Console, RenderableType
 from test_driver import ASHA, HandDriven
 
 from tune_service.live import StudyDisplay, best_line, console, study_table
+from tune_service.record import Record
+from tune_service.status import TrialStatus
 
 SPACE = {
     "learning_rate": {"log_uniform": [1e-5, 2e-4]},
@@ -38,6 +42,14 @@ def large_study(folder: Path) -> HandDriven:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> HandDriven:
     return large_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of the display's clock, to be set."""
+    now = [100.0]
+    monkeypatch.setattr("tune_service.live.time.monotonic", lambda: now[0])
+    return now
 
 
 def lines(renderable: RenderableType, width: int) -> list[str]:
@@ -93,6 +105,47 @@ def test_the_live_table_fits_the_terminal_with_what_runs_and_what_is_best(study:
     assert any("62 of 70 trials ended | best 0.7000 (trial 0, epoch 3)" in line for line in shown)
 
 
+def test_a_look_at_a_long_study_costs_what_has_changed_in_it(
+    study: HandDriven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = []
+    status = Record._status
+
+    def noted(record: Record, trial: FrozenTrial, *others: Any) -> TrialStatus:
+        looked_at.append(trial.number)
+        return status(record, trial, *others)
+
+    monkeypatch.setattr(Record, "_status", noted)
+    _, moment = study.record.changed(())
+    assert looked_at == list(range(64))
+    looked_at.clear()
+    study.report(62, 1, 0.4)
+    changed, moment = study.record.changed(moment)
+    assert looked_at == [62] and [trial.reports[0].metrics["score"] for trial in changed] == [0.4]
+    assert study.record.changed(moment)[0] == []
+
+
+def test_a_display_keeps_the_best_and_the_newest_trials_and_no_more(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_service.live.NUM_NEWEST", 8)
+    study = HandDriven(tmp_path, budget={"trials": 60}, sampler={"name": "random"})
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, height=24, color_system=None)
+    with StudyDisplay(terminal) as display:
+        first = study.begin()
+        for number in range(1, 40):
+            study.run(0.9 if number == 7 else 0.5 + number / 1000)
+            clock[0] += 1.0
+            display.show(study.record)
+        assert display._live is not None
+        shown = lines(display._live.get_renderable(), 80)
+        assert sorted(display._study.kept) == [first, 7, *range(32, 40)]
+    numbers = [line.split()[0] for line in shown if re.match(r" *\*?\d+  ", line)]
+    assert numbers == ["0", "*7", *(str(number) for number in range(32, 40))]
+    assert any("and 30 more trials" in line for line in shown)
+    assert any("39 of 60 trials ended | best 0.9000 (trial 7, epoch 1)" in line for line in shown)
+
+
 def test_the_last_line_names_the_best_trial_with_its_params(tmp_path: Path) -> None:
     study = HandDriven(tmp_path, training={"x": 0.25, "depth": 2})
     assert best_line(study.record.status()) == (
@@ -103,14 +156,6 @@ def test_the_last_line_names_the_best_trial_with_its_params(tmp_path: Path) -> N
 
 
 # ---- log files
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of the display's clock, to be set."""
-    now = [100.0]
-    monkeypatch.setattr("tune_service.live.time.monotonic", lambda: now[0])
-    return now
 
 
 def test_a_log_file_gets_one_line_an_event(tmp_path: Path, clock: list[float]) -> None:

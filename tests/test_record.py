@@ -262,7 +262,7 @@ def test_a_trial_that_was_killed_between_the_note_of_its_end_and_the_end_goes_on
 
 
 def test_a_record_that_is_being_made_is_no_study_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune_service.record.Path.replace", lambda self, target: 1 / 0)
+    monkeypatch.setattr("tune_service.storage.Path.replace", lambda self, target: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         HandDriven(tmp_path)
     assert Storage(tmp_path).studies() == []
@@ -271,10 +271,10 @@ def test_a_record_that_is_being_made_is_no_study_yet(tmp_path: Path, monkeypatch
 HOLD_LOCK = """
 import sys, time
 from pathlib import Path
-from tune_service.record import _storage
+from tune_service.journal import Journal
 from tune_service.storage import StudyFolder
 folder = StudyFolder(Path(sys.argv[1]))
-lock = _storage(folder, folder.journal)._backend._lock
+lock = Journal(folder.journal, folder.journal_lock)._backend._lock
 lock.acquire()
 print("held", flush=True)
 time.sleep(600)

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers._tpe.sampler import _split_trials, default_gamma
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
-from test_driver import HandDriven, play
+from test_driver import HandDriven, play, play_in_pairs
 
 from search_spaces import Choice, IntUniform, LogUniform, Uniform
 from search_spaces.domains import SearchSpace
-from tune_service.searcher import distributions, grid_points
+from tune_service.searcher import NUM_GOOD, SamplerView, distributions, grid_points
 
 SPACE = SearchSpace(
     {
@@ -96,25 +100,103 @@ def test_tpe_comes_closer_to_the_optimum_than_chance(tmp_path: Path, seed: int) 
     assert np.mean([abs(params["x"] - 0.3) for params in study.params()[20:]]) < 0.2
 
 
-def test_the_view_holds_every_trial_with_its_number_params_and_end(tmp_path: Path) -> None:
+def test_the_view_holds_every_trial_that_says_something_with_its_number_params_and_end(tmp_path: Path) -> None:
     study = HandDriven(tmp_path, faults={"restarts_per_trial": 0})
     pair = [study.begin(), study.begin()]
     study.report(pair[1], 1, 0.5)
     study.finish(pair[1])
-    study.crash("rank 0 died")
+    study.crash("rank 0 died")  # says nothing of its parameters
     study.begin()
     study.kill()
     study.resume()
     assert [study.begin(), study.begin()] == [0, 3]
     study.driver.ask()
     view = study.record._study.sampler._view.trials
-    assert [trial.number for trial in view] == [0, 1, 2, 3, 4]
-    assert [trial.params for trial in view[:4]] == study.params()[:4]
-    assert [trial.state for trial in view] == [
-        OptunaState.RUNNING,
-        OptunaState.COMPLETE,
-        OptunaState.FAIL,
-        OptunaState.RUNNING,
-        OptunaState.RUNNING,
-    ]
+    assert [trial.number for trial in view] == [0, 1, 3]  # 4 is being asked for
+    assert [trial.params for trial in view] == [study.params()[number] for number in (0, 1, 3)]
+    running, complete = OptunaState.RUNNING, OptunaState.COMPLETE
+    assert [trial.state for trial in view] == [running, complete, running]
     assert view[1].value == 0.5
+
+
+# ---- what a long study's sampler is shown
+
+DISTRIBUTIONS = {"x": FloatDistribution(0.0, 1.0)}
+
+
+def ended(number: int, state: OptunaState, values: dict[int, float]) -> FrozenTrial:
+    value = max(values.values()) if state == OptunaState.COMPLETE else None
+    trial = create_trial(
+        state=state,
+        params={"x": (number * 0.37) % 1},
+        distributions=DISTRIBUTIONS,
+        value=value,
+        intermediate_values=values,
+    )
+    trial.number = trial._trial_id = number
+    return trial
+
+
+def some_study(num_trials: int, num_complete: int, seed: int) -> list[FrozenTrial]:
+    """Trials that were completed, or pruned at one of 3 epochs; some values are equal, some there are not."""
+    rng = np.random.default_rng(seed)
+    complete = set(rng.permutation(num_trials)[:num_complete].tolist())
+    trials = []
+    for number in range(num_trials):
+        epochs = int(rng.integers(0, 4)) if number not in complete else 3
+        values = {epoch: round(float(rng.random()), 2) for epoch in range(1, epochs + 1)}
+        trials.append(ended(number, OptunaState.COMPLETE if number in complete else OptunaState.PRUNED, values))
+    return trials
+
+
+def shown(trials: list[FrozenTrial], direction: StudyDirection, bound: int, at_once: bool) -> list[FrozenTrial]:
+    """What a view of `bound` shows of a record; not `at_once`: that saw trials begin, and end from the last one on."""
+    view = SamplerView(direction, bound)
+    if not at_once:
+        running = [ended(trial.number, OptunaState.COMPLETE, {1: 0.0}) for trial in trials]
+        for trial in running:
+            trial.state = OptunaState.RUNNING
+        for number in reversed(range(len(trials))):
+            running[number] = trials[number]
+            view.refresh(running)
+    view.refresh(trials)
+    return view.get_all_trials(0)
+
+
+@pytest.mark.parametrize("direction", [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE])
+@pytest.mark.parametrize("num_complete", [0, 10, 200])
+def test_a_bounded_view_holds_what_tpe_calls_good_and_the_newest_of_the_others(
+    direction: StudyDirection, num_complete: int
+) -> None:
+    trials = some_study(400, num_complete, seed=num_complete)
+    study = optuna.create_study(direction=direction)
+    good_of_all = [trial.number for trial in _split_trials(study, trials, NUM_GOOD)[0]]
+    view = shown(trials, direction, bound=100, at_once=True)
+    assert len(view) == 100
+    assert [trial.number for trial in _split_trials(study, view, default_gamma(400))[0]] == good_of_all
+    others = [trial.number for trial in trials if trial.number not in good_of_all]
+    assert sorted({trial.number for trial in view} - set(good_of_all)) == others[-75:]
+
+
+def test_a_bounded_view_depends_on_the_record_alone_and_not_on_when_it_looked() -> None:
+    trials = some_study(300, 40, seed=7)
+    views = [shown(trials, StudyDirection.MAXIMIZE, 60, at_once) for at_once in (True, False)]
+    assert [trial.number for trial in views[0]] == [trial.number for trial in views[1]]
+
+
+def test_a_view_within_its_bound_leaves_nothing_out() -> None:
+    trials = some_study(100, 20, seed=3)
+    assert [trial.number for trial in shown(trials, StudyDirection.MINIMIZE, 100, True)] == list(range(100))
+
+
+@pytest.mark.parametrize("killed_with", [45, 67])
+def test_a_study_beyond_the_bound_goes_on_after_a_kill_as_if_there_had_been_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_with: int
+) -> None:
+    monkeypatch.setattr("tune_service.searcher.MAX_TRIALS_SHOWN", 40)
+    undisturbed = HandDriven(tmp_path / "undisturbed", budget={"trials": 80})
+    play_in_pairs(undisturbed, until=80)
+    study = HandDriven(tmp_path / "killed", budget={"trials": 80})
+    play_in_pairs(study, until=80, killed_with=killed_with)
+    assert study.params() == undisturbed.params()
+    assert len(study.record._study.sampler._view.trials) == 40 + 1

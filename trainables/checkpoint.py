@@ -62,8 +62,14 @@ class Manifest:
                     f"{folder}: format {raw['format']} is not {FORMAT}, the one that this version reads"
                 )
             files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
-            return Manifest(int(raw["trial"]), int(raw["epoch"]), dict(raw["metrics"]), files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            outside = sorted(name for name in files if not _is_inner(name))
+            if outside:
+                raise CheckpointError(
+                    f"{folder}: {MANIFEST} names a file that is not one of the folder: {outside[0]!r}"
+                )
+            metrics = {str(name): None if value is None else float(value) for name, value in raw["metrics"].items()}
+            return Manifest(int(raw["trial"]), int(raw["epoch"]), metrics, files)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder}: no readable {MANIFEST}: {error}") from error
 
 
@@ -146,19 +152,17 @@ class CheckpointStore:
         """The newest checkpoint of a trial whose bytes are all there."""
         for epoch in sorted(self.epochs(trial), reverse=True):
             folder = self.folder(trial, epoch)
-            if verify(folder):
-                return Manifest.read(folder)
+            if verify(folder) and (manifest := Manifest.read(folder)).epoch == epoch and manifest.trial == trial:
+                return manifest
         return None
 
     def epochs(self, trial: int) -> list[int]:
         """Epochs of a trial that have a committed checkpoint."""
-        folders = self.folder(trial, 0).parent.glob("epoch-*")
-        return sorted(int(folder.name.removeprefix("epoch-")) for folder in folders)
+        return _numbers(self.folder(trial, 0).parent, "epoch-")
 
     def kept(self) -> dict[int, list[int]]:
         """Trial -> its epochs that have a committed checkpoint, for the trials that have any."""
-        trials = sorted(int(folder.name.removeprefix("trial-")) for folder in self.root.glob("trial-*"))
-        return {trial: epochs for trial in trials if (epochs := self.epochs(trial))}
+        return {trial: epochs for trial in _numbers(self.root, "trial-") if (epochs := self.epochs(trial))}
 
     def num_bytes(self, trial: int, epoch: int) -> int:
         """Size by the manifest; 0 when that cannot be read."""
@@ -205,12 +209,26 @@ def verify(folder: Path, deep: bool = True) -> bool:
     """Whether every file of the manifest is there with its size and, when `deep`, its sha256."""
     try:
         manifest = Manifest.read(folder)
+        root = os.path.realpath(folder)
+        if any(os.path.realpath(f"{root}/{name}") != f"{root}/{name}" for name in manifest.files):
+            return False  # a symbolic link: it may lead to any file
         sizes = all((folder / name).stat().st_size == size for name, (size, _) in manifest.files.items())
         return sizes and (
             not deep or all(sha256(folder / name) == digest for name, (_, digest) in manifest.files.items())
         )
     except (CheckpointError, OSError):
         return False
+
+
+def _is_inner(name: str) -> bool:
+    """Whether a manifest's name of a file is one inside its folder: `../x` and `/x` are not."""
+    return bool(name) and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _numbers(folder: Path, prefix: str) -> list[int]:
+    """The numbers of the folders that are named PREFIX and a number; whatever else is there is not ours."""
+    named = (entry.name.removeprefix(prefix) for entry in folder.glob(f"{prefix}*") if not entry.is_symlink())
+    return sorted(int(number) for number in named if number.isascii() and number.isdecimal())
 
 
 def sizes_and_hashes(folder: Path) -> dict[str, tuple[int, str]]:

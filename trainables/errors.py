@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from trainables.redaction import redacted
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -15,9 +17,12 @@ class Problem:
     rule: str
     """What must hold."""
     found: str
-    """What was there instead."""
+    """What was there instead; without the secrets that it held."""
     expected: str
     """What would be right, in a form that can be copied where there is one."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "found", redacted(self.found))
 
     def __str__(self) -> str:
         return f"{self.place}: {self.rule}; found {self.found}; expected {self.expected}"

@@ -22,6 +22,7 @@ from trainables.errors import (
     TrialError,
 )
 from trainables.memory import is_out_of_memory
+from trainables.redaction import redacted
 from trainables.report import Context, Report, Trainable
 
 START_DEADLINE_S = 15 * 60.0
@@ -29,6 +30,8 @@ START_DEADLINE_S = 15 * 60.0
 which may download a model and data, has as long again."""
 LOG_LINES = 20
 """Lines of a rank's log that go into the reason of a failure."""
+LOG_BYTES = 16_384
+"""The most of it, however long its lines are."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,9 @@ def log_tail(path: Path) -> str:
     """The last lines of a rank's log; empty when there is none."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 16_384))
-            lines = file.read().decode(errors="replace").splitlines()
+            # Some more at first, so that no secret is cut in two before it is found.
+            file.seek(max(0, path.stat().st_size - 2 * LOG_BYTES))
+            lines = redacted(file.read().decode(errors="replace"))[-LOG_BYTES:].splitlines()
     except OSError:
         return ""
     return "\n".join(lines[-LOG_LINES:])
@@ -200,13 +204,13 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            traceback.print_exception(error)
+            sys.stderr.write(redacted("".join(traceback.format_exception(error))))
             sys.stderr.flush()
             try:
                 text = str(error).strip()
             except Exception:
                 text = ""  # the traceback in the log says as much
-            said = f"{type(error).__name__}{': ' if text else ''}{text}"
+            said = redacted(f"{type(error).__name__}{': ' if text else ''}{text}")
             if is_out_of_memory(error):
                 raise OutOfMemoryError(f"out of memory: rank {self._rank} raised {said}") from None
             if storage_is_away(error):

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
 from trainables.memory import num_oom_kills, tells_of_memory
+from trainables.redaction import redacted
 from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail
 
 STEP_DEADLINE_MIN_S = 60.0
@@ -206,11 +207,10 @@ class RayWorkerGroup(WorkerGroup):
 
 
 def _with_log(message: str, task: Task | None, rank: int) -> str:
-    if task is None:
-        return message
-    path = task.log_file(rank)
-    tail = log_tail(path)
-    return f"{message}\nLast lines of {path.name}:\n{tail}" if tail else message
+    tail = log_tail(task.log_file(rank)) if task is not None else ""
+    if task is None or not tail:
+        return redacted(message)
+    return redacted(f"{message}\nLast lines of {task.log_file(rank).name}:\n{tail}")
 
 
 class _RankActor(RankWorker):

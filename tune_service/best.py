@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from trainables.checkpoint import MANIFEST, fsync_tree, write_json
+from trainables.checkpoint import CheckpointStore, Manifest, fsync_tree, write_json
 from trainables.errors import Problem
 from tune_service.errors import CommandError, OutputNotEmptyError
 from tune_service.record import Record
@@ -13,6 +13,8 @@ from tune_service.spec import StudySpec, dump_yaml, spec_for_trial
 from tune_service.status import BestTrial, StudyStatus
 from tune_service.storage import Storage
 from tune_service.study import stored_spec
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
 def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
@@ -38,7 +40,7 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(partial, spec, status, status.best, folder.checkpoints.folder(status.best.number, status.best.epoch))
+        _write(partial, spec, status, status.best, folder.checkpoints)
         fsync_tree(partial)
         partial.replace(out)
     except OSError as error:
@@ -48,11 +50,10 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     return status.best
 
 
-def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial, checkpoint: Path) -> None:
-    if spec.is_finetune:
-        shutil.copytree(checkpoint / "model", out / "model")
-    elif checkpoint.exists():
-        shutil.copytree(checkpoint, out / "checkpoint", ignore=shutil.ignore_patterns(MANIFEST))
+def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial, checkpoints: CheckpointStore) -> None:
+    checkpoint = checkpoints.folder(best.number, best.epoch)
+    if checkpoint.exists():
+        _copy(checkpoint, out if spec.is_finetune else out / "checkpoint", only_model=spec.is_finetune)
     retrain = spec_for_trial(spec, best.params, name=f"{spec.name[:50]}-best")
     (out / "config.yaml").write_text(dump_yaml(retrain))
     trial = status.trials[best.number]
@@ -65,3 +66,13 @@ def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial, che
         "reports": [each.model_dump() for each in trial.reports],
     }
     write_json(out / "metrics.json", document)
+
+
+def _copy(checkpoint: Path, out: Path, only_model: bool) -> None:
+    """Copies what the manifest names and so was verified; of a model nothing that could be a pickle."""
+    for name in Manifest.read(checkpoint).files:
+        path = Path(name)
+        if only_model and (path.parts[0] != "model" or path.suffix in PICKLES):
+            continue
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint / path, out / path)

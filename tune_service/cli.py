@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 import typer
 
 from trainables.errors import Problem, UserError
+from trainables.redaction import redacted
 from tune_service.errors import CommandError, StorageError, error_json, exit_code
 
 if TYPE_CHECKING:
@@ -290,7 +292,8 @@ def main() -> NoReturn:
             found = error.format_message()  # type: ignore[attr-defined]
             _fail(UserError(Problem("command line", "is one that --help shows", found, _usage(error))), as_json)
         if not isinstance(error, UserError) and not as_json:
-            raise  # a fault of ours: the traceback is what helps
+            sys.stderr.write(redacted(traceback.format_exc()))  # a fault of ours: this is what helps
+            sys.exit(1)
         _fail(error, as_json)
     if code == 130:  # Typer's answer to Ctrl-C
         _fail(KeyboardInterrupt(), as_json)

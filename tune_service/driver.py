@@ -174,7 +174,7 @@ class Driver:
         return is_hurried or self.halted is not None or self._record.failure is not None
 
     def _has_ended(self, number: int) -> bool:
-        return self._record.trial(number).ended_at is not None
+        return self._record.end_of(number) is not None
 
     # Decisions
 
@@ -272,10 +272,10 @@ class Driver:
         """No supervisor holds the trial any more."""
         self._due.pop(number, None)
         self._out.discard(number)
-        trial, notes = self._record.trial(number), self._notes[number]
-        notes.open = trial.ended_at is None
-        notes.stopped = trial.state == "pruned"
-        if trial.state == "failed":
+        end, notes = self._record.end_of(number), self._notes[number]
+        notes.open = end is None
+        notes.stopped = end == "pruned"
+        if end == "failed":
             notes.best = None  # a failed trial is never the best one
         self._retain()
 

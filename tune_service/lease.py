@@ -8,6 +8,7 @@ writes nothing more. Between machines the silence is told by the file's time: th
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from trainables.checkpoint import lease_holds
 from trainables.errors import Problem
-from tune_service.errors import LeaseLostError, StudyRunningError
+from tune_service.errors import LeaseLostError, StorageError, StudyRunningError
 
 BEAT_S = 1.0
 SILENT_S = 15.0
@@ -114,7 +115,7 @@ def taken(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> Iterat
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the kernel's lock on a file, which ends with its holder."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -122,8 +123,19 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _open(path: Path) -> int:
+    """Opens a lock file. Not one that is a symbolic link: in a stranger's study it may lead to any file."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        found = "a symbolic link"
+        raise StorageError(Problem(str(path), "is a file of this study's folder", found, "a plain file")) from error
+
+
 def _take(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> Lease:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open(path)
     try:
         if not _lock_patiently(descriptor):
             descriptor = _take_over(path, descriptor, journal_lock, tell)

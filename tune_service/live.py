@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune_service.record import Record
+from tune_service.record import Moment, Record
 from tune_service.status import (
     BestTrial,
     ObjectiveStatus,
@@ -26,6 +26,8 @@ from tune_service.status import (
 
 REFRESH_S = 0.5
 NUM_BEST = 5
+NUM_NEWEST = 200
+"""More than a terminal has lines."""
 FILE_WIDTH = 240
 _STYLES = {"running": "cyan", "completed": "green", "pruned": "yellow", "failed": "red", "paused": "magenta"}
 
@@ -45,9 +47,7 @@ class StudyDisplay:
         self._live = _live(console) if console.is_terminal else None
         self._next = 0.0
         self._began = time.monotonic()
-        self._ended_before: int | None = None
-        self._told: dict[int, tuple[str, int]] = {}
-        """Trial -> what was last told of it: state and number of reports."""
+        self._study = _Seen()
 
     def __enter__(self) -> StudyDisplay:
         if self._live is not None:
@@ -79,38 +79,83 @@ class StudyDisplay:
                 self._show(record)
 
     def _show(self, record: Record) -> None:
-        trials = record.trials()
-        ended = [trial for trial in trials if trial.ended_at is not None]
-        if self._ended_before is None:
-            self._ended_before = len(ended)
-            self._told = {trial.number: (trial.state, len(trial.reports)) for trial in ended}
-        best = next(iter(ranked(ended, record.objective)), None)
-        summary = self._summary(record, len(ended), best)
+        seen = self._study
+        changed = seen.look(record)
+        best = seen.leaders[0][1] if seen.leaders else None
+        summary = self._summary(record, best)
         if self._live is not None:
             rows = max(8, self._console.height - 10)
-            self._live.update(Group(_live_table(record, trials, rows), summary), refresh=True)
+            self._live.update(Group(_live_table(record.objective, seen, rows), summary), refresh=True)
             return
-        for trial in trials:
-            news = (trial.state, len(trial.reports))
-            if news != self._told.get(trial.number, ("waiting", 0)):
-                self._told[trial.number] = news
+        for trial in changed:
+            if seen.is_news(trial):
                 self._print(_event(trial, record.objective, summary.plain if trial.ended_at else ""))
 
     def _print(self, line: str, style: str | None = None) -> None:
         stamp = datetime.now(UTC).strftime("%H:%M:%S")
         self._console.print(Text(f"{stamp} {line}", style=style or ""), soft_wrap=True)
 
-    def _summary(self, record: Record, num_ended: int, best: BestTrial | None) -> Text:
+    def _summary(self, record: Record, best: BestTrial | None) -> Text:
+        num_ended = self._study.num_ended
         parts = [f"{num_ended} of {record.budget_trials} trials ended"]
         if best is not None:
             parts.append(f"best {_number(best.value)} (trial {best.number}, epoch {best.epoch})")
         if record.baseline is not None and record.objective.metric == "eval_accuracy":
             parts.append(f"majority class {_number(record.baseline)}")
-        here = num_ended - (self._ended_before or 0)
+        here = num_ended - self._study.num_ended_before
         if here:
             left_s = (time.monotonic() - self._began) / here * (record.budget_trials - num_ended)
             parts.append(f"about {_duration(left_s)} left")
         return Text(" | ".join(parts))
+
+
+class _Seen:
+    """What a display remembers of a study: enough to look at what has changed alone, and no trial for ever."""
+
+    def __init__(self) -> None:
+        self.num_trials = 0
+        self.num_ended = 0
+        self.num_ended_before = 0
+        """At the first look."""
+        self.leaders: list[tuple[float, BestTrial]] = []
+        """The best of those that have ended, with what they are sorted by."""
+        self.kept: dict[int, TrialStatus] = {}
+        """Trials without an end, the leaders and the newest."""
+        self._moment: Moment | None = None
+        self._told: dict[int, tuple[str, int]] = {}
+        """Trial without an end -> what was last told of it: state and number of reports."""
+
+    def look(self, record: Record) -> list[TrialStatus]:
+        """The trials that have changed since the last look; at the first one, those without an end."""
+        is_first = self._moment is None
+        changed, self._moment = record.changed(self._moment or ())
+        self.num_trials = len(self._moment)
+        ended = [trial for trial in changed if trial.ended_at is not None]
+        self.num_ended += len(ended)
+        if is_first:
+            self.num_ended_before = self.num_ended
+        sign = -1.0 if record.objective.mode == "max" else 1.0
+        found = [(sign * best.value, best) for best in ranked(ended, record.objective)[:NUM_BEST]]
+        self.leaders = sorted([*self.leaders, *found], key=lambda each: (each[0], each[1].number))[:NUM_BEST]
+        self._keep(changed)
+        return [trial for trial in changed if trial.ended_at is None or not is_first]
+
+    def is_news(self, trial: TrialStatus) -> bool:
+        """Whether there is something to tell of a trial that has changed. It counts as told then."""
+        news = (trial.state, len(trial.reports))
+        before = self._told.pop(trial.number, ("waiting", 0))
+        if trial.ended_at is None:
+            self._told[trial.number] = news
+        return news != before
+
+    def _keep(self, changed: list[TrialStatus]) -> None:
+        leaders = {best.number for _, best in self.leaders}
+        for trial in changed:
+            self.kept[trial.number] = trial
+        oldest = self.num_trials - NUM_NEWEST
+        for number, trial in list(self.kept.items()):
+            if number < oldest and number not in leaders and trial.ended_at is not None:
+                del self.kept[number]
 
 
 @contextmanager
@@ -136,14 +181,14 @@ def study_table(status: StudyStatus, max_rows: int | None = None) -> Table:
     return _table(status.objective, trials, best, len(status.trials) - len(trials))
 
 
-def _live_table(record: Record, trials: list[TrialStatus], rows: int) -> Table:
+def _live_table(objective: ObjectiveStatus, seen: _Seen, rows: int) -> Table:
     """What runs, the best, and the newest of the others, as far as there is room."""
-    leaders = [best.number for best in ranked(trials, record.objective)]
-    running = [trial.number for trial in trials if trial.state == "running"]
-    newest = [trial.number for trial in reversed(trials)]
-    chosen = list(dict.fromkeys([*running, *leaders[:NUM_BEST], *newest]))[:rows]
-    shown = [trials[number] for number in sorted(chosen)]
-    return _table(record.objective, shown, leaders[0] if leaders else None, len(trials) - len(shown))
+    leaders = [best.number for _, best in seen.leaders]
+    running = [trial.number for trial in seen.kept.values() if trial.state == "running"]
+    newest = sorted(seen.kept, reverse=True)
+    chosen = list(dict.fromkeys([*running, *leaders, *newest]))[:rows]
+    shown = [seen.kept[number] for number in sorted(chosen)]
+    return _table(objective, shown, leaders[0] if leaders else None, seen.num_trials - len(shown))
 
 
 def _table(objective: ObjectiveStatus, trials: list[TrialStatus], best: int | None, hidden: int) -> Table:

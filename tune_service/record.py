@@ -8,28 +8,26 @@ driver writes, but for the request to stop.
 from __future__ import annotations
 
 import math
-import os
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from trainables.checkpoint import finite_or_none, verify
 from trainables.errors import Problem
 from trainables.fault_points import fault_point
+from trainables.redaction import redacted
 from tune_service.errors import StorageError
-from tune_service.lease import Lease, locked
+from tune_service.journal import Journal
+from tune_service.lease import Lease
+from tune_service.searcher import suggest
 from tune_service.status import (
     BestTrial,
     CheckpointStatus,
@@ -58,6 +56,10 @@ _STATES: dict[OptunaState, TrialState] = {
 }
 
 
+Moment = Sequence[FrozenTrial]
+"""A record as it was at some time. Optuna puts a new object in a trial's place with every change of it."""
+
+
 @dataclass(frozen=True)
 class AskedTrial:
     """A trial that may start, or go on."""
@@ -71,11 +73,12 @@ class AskedTrial:
 class Record:
     """Reads and writes the record of one study."""
 
-    def __init__(self, folder: StudyFolder, study: optuna.Study, storage: optuna.storages.BaseStorage) -> None:
+    def __init__(self, folder: StudyFolder, study: optuna.Study, storage: Journal) -> None:
         self.folder = folder
         self._study = study
         self._storage = storage
-        self.objective = ObjectiveStatus(**study.user_attrs["spec"]["objective"])
+        self.objective = ObjectiveStatus(**self.spec["objective"])
+        int(self._attrs["budget_trials"])
 
     @staticmethod
     def create(
@@ -86,7 +89,7 @@ class Record:
         It is written beside and renamed, so that no reader meets a record that says half of this.
         """
         unfinished = folder.journal.with_suffix(".new")
-        storage = _storage(folder, unfinished)
+        storage = Journal(unfinished, folder.journal_lock)
         direction = direction_of(spec["objective"]["mode"])
         study = optuna.create_study(storage=storage, sampler=sampler, study_name=folder.name, direction=direction)
         study.set_user_attr("format", FORMAT)
@@ -103,18 +106,16 @@ class Record:
         A driver gives `sampler` and its `lease`: once that is lost, every write raises LeaseLostError.
         """
         try:
-            storage = _storage(folder, folder.journal, lease)
+            storage = Journal(folder.journal, folder.journal_lock, lease)
             study = optuna.load_study(study_name=folder.name, storage=storage, sampler=sampler)
-            version = study.user_attrs["format"]
-        except (OSError, ValueError, KeyError) as error:
-            found = f"{folder.journal}: {type(error).__name__}: {error}"
-            raise StorageError(
-                Problem(folder.name, "has a record that can be read", found, "a whole record")
-            ) from error
-        if version > FORMAT:
+            version = int(study.user_attrs["format"])
+            record = Record(folder, study, storage) if version <= FORMAT else None
+        except Exception as error:  # what Optuna makes of a file that is not its own is anything
+            raise _unreadable(folder, f"{type(error).__name__}: {error}") from error
+        if record is None:
             found = f"a record of format {version}"
             raise StorageError(Problem(folder.name, f"has a record of format {FORMAT}", found, "a newer tune-service"))
-        return Record(folder, study, storage)
+        return record
 
     # What the driver writes
 
@@ -126,13 +127,19 @@ class Record:
         `plan(number)` gives values for a new trial, which the sampler completes; None ends the study.
         """
         trials = self._trials()
-        if not any(trial.state == OptunaState.WAITING for trial in trials):
-            values = plan(len(trials)) if len(trials) < self.budget_trials else None
+        if any(trial.state == OptunaState.WAITING for trial in trials):
+            number = self._study.ask(distributions).number
+        else:
+            number = len(trials)
+            values = plan(number) if number < self.budget_trials else None
             if values is None:
                 return None
-            self._study.enqueue_trial(dict(values))
-        trial = self._study.ask(distributions)
-        return AskedTrial(trial.number, trial.params, trial.user_attrs.get(_MICRO_BATCH))
+            params = suggest(self._study, number, values, distributions)
+            # Whole, in one append: a trial that has a number has its parameters.
+            new = create_trial(state=OptunaState.RUNNING, params=params, distributions=distributions)
+            self._storage.create_new_trial(self._study._study_id, new)
+        trial = self._trial(number)
+        return AskedTrial(number, trial.params, trial.user_attrs.get(_MICRO_BATCH))
 
     def start(self, number: int) -> None:
         """A trial begins, or begins again."""
@@ -154,8 +161,8 @@ class Record:
         before = trial.user_attrs.get(_REPORT + str(epoch), {}).get("metrics")
         if before != kept:
             value = metrics.get(self.objective.metric, math.nan)
-            self._set(trial, _REPORT + str(epoch), {"metrics": kept, "at": _now()})
-            self._storage.set_trial_intermediate_value(trial._trial_id, epoch, float(value))
+            report = {_REPORT + str(epoch): {"metrics": kept, "at": _now()}}
+            self._storage.update_trial(trial._trial_id, report, {epoch: float(value)})
         return before is None
 
     def set_micro_batch_size(self, number: int, size: int) -> None:
@@ -164,7 +171,7 @@ class Record:
 
     def complete(self, number: int) -> None:
         """A trial ran to its end. It counts for the sampler with its best epoch's value."""
-        best = best_report(self.trial(number), self.objective)
+        best = best_report(self._status(self._trial(number), True, []), self.objective)
         if best is None:
             self.fail(number, f"no finite {self.objective.metric} was reported")
         else:
@@ -172,9 +179,7 @@ class Record:
 
     def prune(self, number: int, reason: str, diverged: bool = False) -> None:
         """A trial was stopped early. A diverged one is the worst of all for the sampler, whatever it reported."""
-        if diverged:
-            self._set(self._trial(number), "diverged", True)
-        self._end(number, OptunaState.PRUNED, reason, None)
+        self._end(number, OptunaState.PRUNED, reason, None, {"diverged": True} if diverged else {})
 
     def fail(self, number: int, reason: str) -> None:
         """A trial crashed for good."""
@@ -184,7 +189,7 @@ class Record:
         """Puts a trial back in line: it is the next to be asked for, and goes on from its last checkpoint."""
         trial = self._trial(number)
         if "started_at" in trial.user_attrs:
-            self._set(trial, "reason", reason)
+            self._set(trial, "reason", redacted(reason))
         self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
 
     def pause_all(self, reason: str) -> None:
@@ -206,6 +211,7 @@ class Record:
 
     def set_failure(self, reason: str | None) -> None:
         """Why the study ended as a whole, before its budget."""
+        reason = reason and redacted(reason)
         if self.failure != reason:
             self._study.set_user_attr("failure", reason)
 
@@ -216,27 +222,27 @@ class Record:
 
     @property
     def spec(self) -> dict[str, Any]:
-        return dict(self._study.user_attrs["spec"])
+        return dict(self._attrs["spec"])
 
     @property
     def budget_trials(self) -> int:
-        return int(self._study.user_attrs["budget_trials"])
+        return int(self._attrs["budget_trials"])
 
     @property
     def stop_request(self) -> dict[str, Any] | None:
         """`{"at", "now"}` of a stop that no resume has taken back."""
-        found: dict[str, Any] | None = self._study.user_attrs.get("stop")
+        found: dict[str, Any] | None = self._attrs.get("stop")
         return found
 
     @property
     def failure(self) -> str | None:
-        found: str | None = self._study.user_attrs.get("failure")
+        found: str | None = self._attrs.get("failure")
         return found
 
     @property
     def baseline(self) -> float | None:
         """Accuracy of always answering the commonest class of the validation split; None where it means nothing."""
-        found: float | None = self._study.user_attrs.get("baseline")
+        found: float | None = self._attrs.get("baseline")
         return found
 
     def trials(self) -> list[TrialStatus]:
@@ -246,6 +252,19 @@ class Record:
 
     def trial(self, number: int) -> TrialStatus:
         return self._status(self._trial(number), True, self.folder.checkpoints.epochs(number))
+
+    def end_of(self, number: int) -> TrialState | None:
+        """How the trial ended; None while it has no end."""
+        return _STATES.get(self._trial(number).state)
+
+    def changed(self, since: Moment) -> tuple[list[TrialStatus], Moment]:
+        """The trials that are not as they were, without their checkpoints; and the present moment, for the next look.
+
+        Costs next to nothing for those that are: a display looks at 10,000 trials twice a second.
+        """
+        now, alive = self._trials(), self.folder.driver_is_alive()
+        news = [trial for number, trial in enumerate(now) if number >= len(since) or trial is not since[number]]
+        return [self._status(trial, alive, []) for trial in news], now
 
     def best(self, trials: list[TrialStatus] | None = None, deep: bool = False) -> BestTrial | None:
         """The best trial whose checkpoint is whole: by file sizes, or `deep`, by sha256."""
@@ -279,7 +298,7 @@ class Record:
 
     @property
     def _exhausted(self) -> bool:
-        return bool(self._study.user_attrs.get("exhausted", False))
+        return bool(self._attrs.get("exhausted", False))
 
     def set_exhausted(self) -> None:
         """A grid came to its last point before the budget did."""
@@ -296,10 +315,16 @@ class Record:
             self._set(trial, "saves", True)
 
     def _status(self, trial: FrozenTrial, alive: bool, kept: list[int]) -> TrialStatus:
+        try:
+            return self._read(trial, alive, kept)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _unreadable(self.folder, f"trial {trial.number}: {type(error).__name__}: {error}") from error
+
+    def _read(self, trial: FrozenTrial, alive: bool, kept: list[int]) -> TrialStatus:
         attrs = trial.user_attrs
         reports = sorted(
             (
-                EpochReport(epoch=int(name.removeprefix(_REPORT)), metrics=entry["metrics"])
+                EpochReport(epoch=int(name.removeprefix(_REPORT)), metrics=_finite(entry["metrics"]))
                 for name, entry in attrs.items()
                 if name.startswith(_REPORT)
             ),
@@ -335,11 +360,20 @@ class Record:
         path = str(store.folder(trial.number, epoch))
         return CheckpointStatus(epoch=epoch, bytes=store.num_bytes(trial.number, epoch), path=path)
 
-    def _end(self, number: int, state: OptunaState, reason: str | None, value: float | None) -> None:
+    def _end(
+        self,
+        number: int,
+        state: OptunaState,
+        reason: str | None,
+        value: float | None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> None:
         trial = self._trial(number)
+        reason = reason and redacted(reason)
+        news = dict(attrs or {})
         if trial.user_attrs.get("reason") != reason:
-            self._set(trial, "reason", reason)
-        self._set(trial, "ended_at", _now())
+            news["reason"] = reason
+        self._storage.update_trial(trial._trial_id, news | {"ended_at": _now()})
         fault_point(f"ending-{number}")
         self._study.tell(number, value, state=state)
 
@@ -347,57 +381,26 @@ class Record:
         return self._study.get_trials(deepcopy=False)
 
     def _trial(self, number: int) -> FrozenTrial:
-        return self._trials()[number]
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        return self._storage.get_trial(trial_id)
+
+    @property
+    def _attrs(self) -> dict[str, Any]:
+        """The study's, without the copy that Optuna makes: the driver looks at them at every step."""
+        return self._storage.get_study_user_attrs(self._study._study_id)
 
     def _set(self, trial: FrozenTrial, name: str, value: Any) -> None:
         self._storage.set_trial_user_attr(trial._trial_id, name, value)
 
 
-class _KernelLock(JournalFileOpenLock):
-    """A lock that the kernel releases when its holder is killed; Optuna's own then cost the next opener 30 s.
-
-    Whoever takes it cuts off a last line that a killed writer left unfinished: what is appended to that is unreadable.
-    A driver's is refused once its lease is lost.
-    """
-
-    def __init__(self, path: Path, journal: Path, lease: Lease | None) -> None:
-        super().__init__(str(path))
-        self._path = path
-        self._journal = journal
-        self._lease = lease
-        self._held = ExitStack()
-
-    def acquire(self) -> bool:
-        with ExitStack() as held:
-            held.enter_context(locked(self._path))
-            if self._lease is not None:
-                self._lease.check()
-            _trim(self._journal)
-            self._held = held.pop_all()
-        return True
-
-    def release(self) -> None:
-        self._held.close()
+def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """As they are; a number that is not finite, which no version of ours writes, as None."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _storage(folder: StudyFolder, journal: Path, lease: Lease | None = None) -> optuna.storages.JournalStorage:
-    lock = _KernelLock(folder.journal_lock, journal, lease)
-    return optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock))
-
-
-def _trim(journal: Path) -> None:
-    """Cuts the journal back to its last whole line."""
-    with journal.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            return
-        file.seek(size - 1)
-        if file.read(1) == b"\n":
-            return
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        print(f"{journal}: cut off {size - whole} bytes of an unfinished line", file=sys.stderr)
-        file.truncate(whole)
+def _unreadable(folder: StudyFolder, why: str) -> StorageError:
+    found = f"{folder.journal}: {why}"
+    return StorageError(Problem(folder.name, "has a record that can be read", found[:1000], "a whole record"))
 
 
 def direction_of(mode: str) -> StudyDirection:

@@ -68,6 +68,7 @@ def load_spec(
     draft.override(overrides)
     if name is not None:
         draft.set_name(name)
+    draft.refuse_secrets()
     return _build(draft, Path(path).resolve().parent, here, also)
 
 
@@ -76,7 +77,10 @@ def parse_spec(mapping: Mapping[str, Any], base_dir: str | Path = ".", *, here: 
 
     `here=False` for a spec that was checked before, such as a record's: its folders may be gone by now.
     """
-    return _build(Draft.of_mapping(mapping), Path(base_dir).resolve(), here)
+    draft = Draft.of_mapping(mapping)
+    if here:
+        draft.refuse_secrets()
+    return _build(draft, Path(base_dir).resolve(), here)
 
 
 def dump_yaml(spec: StudySpec) -> str:

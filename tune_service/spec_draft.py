@@ -15,6 +15,7 @@ from search_spaces import Domain
 from search_spaces.domains import EXAMPLES
 from trainables.config import Settings
 from trainables.errors import Problem
+from trainables.redaction import HIDDEN, redacted, secret_places
 from tune_service.errors import SpecError
 from tune_service.spec_sections import KEYS
 from tune_service.spec_yaml import read_yaml
@@ -65,6 +66,13 @@ class Draft:
     def unknown(self, key: str, name: object, allowed: Iterable[str], where: str) -> None:
         self.problems.append(Problem(self.place(key), f"{where} has no such key", show(name), nearest(name, allowed)))
 
+    def refuse_secrets(self) -> None:
+        """A fault for each secret in the spec, which is then gone from it: no later message can show it."""
+        for key in list(secret_places(self.raw)):
+            expected = "an environment variable, which the ranks see too; the trainable reads it there"
+            self.fault(key, "a spec holds no secret: its study keeps and exports it", "one (not shown)", expected)
+        self.raw = _without_secrets(self.raw)
+
     def sound(self, *keys: str) -> bool:
         """Whether none of these keys, nor a section around them, is broken."""
         return not any(key == broken or key.startswith(f"{broken}.") for key in keys for broken in self.broken)
@@ -103,6 +111,20 @@ class Draft:
                 rule = "--set sets keys of mappings"
                 self.problems.append(Problem(f"--set {key}", rule, text, f"a mapping at {'.'.join(path[:-1])}"))
             self.options[key] = "--set"
+
+
+def _without_secrets(raw: Mapping[Any, Any]) -> dict[Any, Any]:
+    places = set(secret_places(raw))
+
+    def hidden(value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            return {name: hidden(inner, f"{place}.{name}" if place else str(name)) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [hidden(inner, f"{place}[{number}]") for number, inner in enumerate(value)]
+        return HIDDEN if place in places else value
+
+    found: dict[Any, Any] = hidden(raw, "") if places else dict(raw)
+    return found
 
 
 def _file_text(path: str | Path) -> str:
@@ -163,6 +185,7 @@ def show(value: object) -> str:
         text = value if isinstance(value, str) and " " in value else json.dumps(value, default=str, ensure_ascii=False)
     except (TypeError, ValueError):  # keys that JSON has not, a list that holds itself
         text = repr(value)
+    text = redacted(text)  # before it is cut, which may be in the middle of one
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 

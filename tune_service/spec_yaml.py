@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+MAX_VALUES = 100_000
+"""More than any spec has. A few lines of aliases of aliases can stand for billions."""
+
 
 class Key(NamedTuple):
     """One key of a mapping, or one item of a list."""
@@ -57,6 +60,8 @@ def read_yaml(text: str) -> tuple[Any, list[Key]]:
         if node is None:
             return None, []
         keys = list(_keys(node, "", set(), ()))
+        if _num_values(node, {}) > MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem="aliases that stand for too much", problem_mark=node.start_mark)
         return loader.construct_document(node), keys
     finally:
         loader.dispose()
@@ -84,3 +89,15 @@ def _keys(node: yaml.Node, path: str, seen: set[int], around: tuple[int, ...]) -
             yield Key(inner, name_node.start_mark.line + 1, name if is_repeated else None)
             names.add(name)
             yield from _keys(value, inner, seen, around)
+
+
+def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a document has when each alias is written out."""
+    if id(node) not in known:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = list(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            inner = [value for _, value in node.value]
+        known[id(node)] = 1 + sum(_num_values(each, known) for each in inner)
+    return known[id(node)]

@@ -120,7 +120,9 @@ def _stored(spec: StudySpec) -> dict[str, Any]:
 def stored_spec(record: Record) -> StudySpec:
     """The spec that a study was made from."""
     stored = record.spec
-    return parse_spec({key: value for key, value in stored.items() if key != "folder"}, stored["folder"], here=False)
+    return parse_spec(
+        {key: value for key, value in stored.items() if key != "folder"}, str(stored["folder"]), here=False
+    )
 
 
 def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, display: Display) -> None:

@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from trainables.redaction import redacted
 from trainables.trial import GroupShape, TrialSupervisor
 from trainables.worker import Task
 from tune_service.driver import Driver
@@ -22,6 +23,9 @@ from tune_service.machine import Machine
 from tune_service.record import AskedTrial
 from tune_service.spec import StudySpec
 from tune_service.storage import StudyFolder
+
+NUM_ENDED_KEPT = 50
+"""Trials that Tune remembers beside those that run."""
 
 
 def run_trials(
@@ -159,6 +163,7 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
         self.trials[trial.trial_id] = trial
+        _forget_ended(tune_controller)
         if not self._cache_is_wide:
             # Tune keeps one idle actor. When two trials end together, the second one's warm worker group would be
             # ended, and started again seconds later. There is no public setting for this.
@@ -167,6 +172,10 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         return str(TrialScheduler.CONTINUE if self._driver.result(result) else TrialScheduler.STOP)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The first that waits, as Tune has it; but that looks at every trial there ever was, at every step."""
+        return next((trial for trial in self.trials.values() if trial.status == Trial.PENDING), None)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         super().on_trial_complete(tune_controller, trial, result)
@@ -179,6 +188,20 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_error(tune_controller, trial)
         self.trials.pop(trial.trial_id, None)
+
+
+def _forget_ended(tune_controller: Any) -> None:
+    """Tune keeps every trial with all its metrics, 80 KB each, and ends with a look at all. The record has them too.
+
+    The last ones stay, in case something of theirs still comes. There is no public setting for this.
+    """
+    ended = [trial for trial in tune_controller._trials if trial.is_finished()]
+    if len(ended) < 2 * NUM_ENDED_KEPT:
+        return
+    forgotten = set(ended[:-NUM_ENDED_KEPT])
+    tune_controller._trials[:] = [trial for trial in tune_controller._trials if trial not in forgotten]
+    for kept in (tune_controller._stopped_trials, tune_controller._failed_trials, tune_controller._trials_to_cache):
+        kept -= forgotten
 
 
 class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
@@ -228,7 +251,7 @@ def _error_line(trial: Trial) -> str:
     path = trial.error_file
     lines = Path(path).read_text(errors="replace").splitlines() if path else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no word of why")
-    return last.partition(" Some common causes")[0]
+    return redacted(last.partition(" Some common causes")[0])
 
 
 def _trial_name(trial: Trial) -> str:

@@ -1,0 +1,53 @@
+"""What Ray Tune is kept from: remembering and looking through every trial that a study ever had."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.tune.experiment import Trial
+
+from tune_service.tuner import NUM_ENDED_KEPT, _forget_ended, _StudyScheduler
+
+
+class FakeTrial:
+    """What is asked of a trial of Tune's; a real one needs a cluster."""
+
+    def __init__(self, number: int, status: str) -> None:
+        self.trial_id = str(number)
+        self.status = status
+
+    def is_finished(self) -> bool:
+        return self.status in (Trial.TERMINATED, Trial.ERROR)
+
+
+@dataclass
+class FakeController:
+    _trials: list[FakeTrial]
+    _stopped_trials: set[FakeTrial] = field(default_factory=set)
+    _failed_trials: set[FakeTrial] = field(default_factory=set)
+    _trials_to_cache: set[FakeTrial] = field(default_factory=set)
+
+
+def test_tune_forgets_the_trials_that_ended_long_ago_and_none_that_has_no_end() -> None:
+    statuses = [Trial.RUNNING, Trial.ERROR, *[Trial.TERMINATED] * (2 * NUM_ENDED_KEPT), Trial.PENDING]
+    trials = [FakeTrial(number, status) for number, status in enumerate(statuses)]
+    listed = list(trials)
+    controller = FakeController(listed)
+    controller._trials_to_cache = set(trials)
+    controller._failed_trials = {trials[1]}
+    controller._stopped_trials = {trial for trial in trials if trial.status == Trial.TERMINATED}
+    _forget_ended(controller)
+    assert listed == [trials[0], *trials[-1 - NUM_ENDED_KEPT :]]  # the very list that Tune goes through
+    assert controller._failed_trials == set()
+    assert controller._stopped_trials == set(trials[-1 - NUM_ENDED_KEPT : -1])
+    assert controller._trials_to_cache == set(listed)
+
+
+def test_the_next_trial_is_the_first_of_those_that_wait_as_in_tune() -> None:
+    scheduler = _StudyScheduler(driver=None, concurrent=2)  # type: ignore[arg-type]
+    trials: list[Any] = [FakeTrial(0, Trial.RUNNING), FakeTrial(1, Trial.PENDING), FakeTrial(2, Trial.PENDING)]
+    scheduler.trials = {trial.trial_id: trial for trial in trials}
+    assert scheduler.choose_trial_to_run(None) is trials[1]
+    trials[1].status = trials[2].status = Trial.RUNNING
+    assert scheduler.choose_trial_to_run(None) is None
