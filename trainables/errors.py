@@ -31,6 +31,14 @@ class Problem:
         return asdict(self)
 
 
+def text_of(error: BaseException) -> str:
+    """What an exception says; empty when that itself raises."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 class UserError(Exception):
     """Something the user can put right. Holds every fault that was found, never only the first."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from trainables.errors import text_of
+
 _COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 _WORDS = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
@@ -13,7 +15,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Of the GPU (torch.OutOfMemoryError), or of the machine."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
-        isinstance(error, RuntimeError) and bool(_WORDS.search(str(error)))
+        isinstance(error, RuntimeError) and bool(_WORDS.search(text_of(error)))
     )
 
 

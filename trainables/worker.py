@@ -20,6 +20,7 @@ from trainables.errors import (
     StorageUnavailableError,
     TrainableError,
     TrialError,
+    text_of,
 )
 from trainables.memory import is_out_of_memory
 from trainables.redaction import redacted
@@ -206,10 +207,7 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
         if isinstance(error, Exception):
             sys.stderr.write(redacted("".join(traceback.format_exception(error))))
             sys.stderr.flush()
-            try:
-                text = str(error).strip()
-            except Exception:
-                text = ""  # the traceback in the log says as much
+            text = text_of(error).strip()
             said = redacted(f"{type(error).__name__}{': ' if text else ''}{text}")
             if is_out_of_memory(error):
                 raise OutOfMemoryError(f"out of memory: rank {self._rank} raised {said}") from None
@@ -223,9 +221,10 @@ def storage_is_away(error: BaseException) -> bool:
 
     By the words too: libraries in other languages hand on the system's message in an error of their own.
     """
-    found = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)
+    text = text_of(error)
+    found = re.search(r"os error (\d+)|errno (\d+)", text, re.IGNORECASE)
     number = error.errno if isinstance(error, OSError) else int(found[1] or found[2]) if found else None
-    return number in _STORAGE_ERRORS or any(os.strerror(each) in str(error) for each in _STORAGE_ERRORS)
+    return number in _STORAGE_ERRORS or any(os.strerror(each) in text for each in _STORAGE_ERRORS)
 
 
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
