@@ -1,8 +1,9 @@
-"""Two real studies on one GPU, through the command line: MiniLM and SmolLM2 on MRPC. Prints what they reached.
+"""Real studies on one GPU, through the command line, on MRPC. Prints what they reached.
 
-    TUNE_SERVICE_TEST_DATA=DATA TUNE_SERVICE_TEST_MODELS=MODELS python tests/gpu/run_studies.py OUT [minilm] [smollm2]
+    TUNE_SERVICE_TEST_DATA=DATA TUNE_SERVICE_TEST_MODELS=MODELS python tests/gpu/run_studies.py OUT [STUDY ...]
 
-DATA holds glue/mrpc/{train,validation}.parquet; MODELS holds the folders minilm and smollm2.
+DATA holds glue/mrpc/{train,validation}.parquet and gpt2-tokenizer; MODELS holds the folders minilm and smollm2. `gpt2`
+(124M, random weights: 64 trials of at most 9 epochs) and `oom` (a batch that no card holds) need no MODELS.
 """
 
 from __future__ import annotations
@@ -17,7 +18,24 @@ from typing import Any
 
 import yaml
 
+GPT2 = {"from_scratch": True, "config": {"model_type": "gpt2"}}
 STUDIES: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "model": GPT2,
+        "training": {"max_epochs": 9, "batch_size": 32},
+        "search_space": "gpt2",
+        "budget": {"trials": 64},
+        "checkpoints": {"budget_gib": 40},
+        "resources": {"workers": 1, "gpus_per_worker": 0.25, "cpus_per_worker": 2},
+    },
+    "oom": {
+        "model": GPT2,
+        "training": {"max_epochs": 1, "batch_size": 3668, "compile": "off"},
+        "search_space": {"learning_rate": {"log_uniform": [1e-5, 2e-4]}},
+        "budget": {"trials": 1},
+        "faults": {"on_oom": "shrink"},
+        "resources": {"workers": 1, "gpus_per_worker": 1, "cpus_per_worker": 2},
+    },
     "minilm": {
         "training": {"max_epochs": 9, "batch_size": 32, "learning_rate": 5e-5},
         "search_space": "bert",
@@ -35,10 +53,12 @@ STUDIES: dict[str, dict[str, Any]] = {
 
 def run(name: str, out: Path) -> dict[str, Any]:
     """One study, its export, and a look at what is left on the card."""
-    data, models = (Path(os.environ[variable]) for variable in ("TUNE_SERVICE_TEST_DATA", "TUNE_SERVICE_TEST_MODELS"))
-    spec = STUDIES[name] | {
+    data, models = Path(os.environ["TUNE_SERVICE_TEST_DATA"]), Path(os.environ.get("TUNE_SERVICE_TEST_MODELS", "."))
+    study = STUDIES[name]
+    place = data / "gpt2-tokenizer" if "model" in study else models / name
+    spec = study | {
         "name": f"mrpc-{name}",
-        "model": {"name": str(models / name)},
+        "model": {"name": str(place)} | study.get("model", {}),
         "data": {"task": "mrpc", "path": str(data / "glue" / "mrpc")},
     }
     file = out / f"{name}.yaml"
@@ -56,6 +76,7 @@ def run(name: str, out: Path) -> dict[str, Any]:
         "state": status["state"],
         "seconds": round(seconds, 1),
         "trials": {state: states.count(state) for state in sorted(set(states))},
+        "restarts": sum(trial["restarts"] for trial in status["trials"]),
         "epochs": len(epochs),
         "median_epoch_s": round(sorted(epochs)[len(epochs) // 2], 2),
         "best": best,
