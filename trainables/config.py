@@ -52,6 +52,7 @@ class TrainingConfig(Settings):
     """null: no clipping."""
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    compile: Literal["auto", "on", "off"] = "auto"
 
 
 class FinetuneConfig(Settings):
