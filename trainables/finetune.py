@@ -97,7 +97,9 @@ class Run:
         tokenizer_source = config.model.model_copy(update={"config": {}})
         data_key = tokenizer_source.model_dump_json(), config.data.model_dump_json(), training.max_length
         self.tokenizer, self.data = _prepared(*data_key)
-        self.learner = take(config.model, self.tokenizer, self.data.label_names, self.device, context.seed)
+        self.learner = take(
+            config.model, self.tokenizer, self.data.label_names, self.device, context.seed, training.compile == "on"
+        )
         check_max_length(self.learner.network, training.max_length)
         shape = (training.batch_size, training.micro_batch_size, training.precision, training.compile)
         self.ready = self.learner.ready((data_key, shape), self._get_ready)
@@ -157,7 +159,8 @@ class Run:
             # Evaluation holds no gradients, so that several micro batches of training fit at once.
             batches = eval_batches(encoded.lengths, EVAL_FACTOR * (training.micro_batch_size or training.batch_size))
             own = batches[self.rank :: self.world_size]
-            logits = split_logits(self.learner.network, self.ready.validation[name], own, training.max_length)
+            with torch.compiler.set_stance("force_eager"):
+                logits = split_logits(self.learner.network, self.ready.validation[name], own, training.max_length)
             found = parallel.sum_over_ranks(logits).cpu().numpy()
             suffix = "_mismatched" if name == "validation_mismatched" else ""
             metrics |= eval_metrics(self.config.data.task, found, labels, suffix)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from trainables.config import ModelConfig
@@ -20,6 +21,7 @@ from trainables.parallel import Parallel
 
 Ready = TypeVar("Ready")
 
+DYNAMIC: bool | None = True
 MAX_READY = 4
 """So many combinations of batch size, `max_length` and so on are kept ready at once: their graphs take memory."""
 
@@ -34,17 +36,21 @@ class Learner:
         label_names: Sequence[str],
         device: torch.device,
         seed: int,
+        compiles: bool,
     ) -> None:
         self._config, self._tokenizer, self._label_names, self._device = config, tokenizer, label_names, device
+        self._compiles = compiles
         network = self._build(seed)
         self.network = network.to(device)
+        if compiles:
+            compile_blocks(network)
         self.optimizer = AdamW(self.network)
         self.parallel = Parallel(self.network, self.optimizer)
         self._ready: OrderedDict[Hashable, Any] = OrderedDict()
 
     @property
     def key(self) -> Hashable:
-        return learner_key(self._config, self._label_names, self._device)
+        return learner_key(self._config, self._label_names, self._device, self._compiles)
 
     def reset(self, seed: int) -> None:
         """Makes it what a new one with this seed would be, bit by bit."""
@@ -74,9 +80,17 @@ class Learner:
         return network
 
 
-def learner_key(config: ModelConfig, label_names: Sequence[str], device: torch.device) -> Hashable:
+def learner_key(config: ModelConfig, label_names: Sequence[str], device: torch.device, compiles: bool) -> Hashable:
     """What two trials must have in common to use one learner."""
-    return config.model_dump_json(), tuple(label_names), device
+    return config.model_dump_json(), tuple(label_names), device, compiles
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Has torch compile the layers of a transformer, each as it runs first: they are alike, and so one compilation."""
+    for stack in network.modules():
+        if isinstance(stack, nn.ModuleList):
+            for block in stack:
+                block.compile(dynamic=DYNAMIC)
 
 
 _kept: dict[Hashable, Learner] = {}
@@ -89,9 +103,10 @@ def take(
     label_names: Sequence[str],
     device: torch.device,
     seed: int,
+    compiles: bool,
 ) -> Learner:
     """A learner as new; the one of the trial before where the model is the same. `give_back` ends its use."""
-    key = learner_key(config, label_names, device)
+    key = learner_key(config, label_names, device, compiles)
     learner = _kept.pop(key, None)
     if learner is None:
         # The new model needs the memory of the one before.
@@ -99,7 +114,7 @@ def take(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        learner = Learner(config, tokenizer, label_names, device, seed)
+        learner = Learner(config, tokenizer, label_names, device, seed, compiles)
     learner.reset(seed)
     return learner
 

@@ -225,12 +225,20 @@ def _set_padding(network: PreTrainedModel, pad_token_id: int) -> None:
         embeddings.padding_idx = pad_token_id  # else the old padding token, a real one now, would never be trained
 
 
+class _GELU(NewGELUActivation):  # type: ignore[misc]  # Transformers has no types
+    """In training one kernel, where Transformers takes eight steps of the same formula; elsewhere those, to the bit."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor
+        found = nn.functional.gelu(inputs, approximate="tanh") if self.training else super().forward(inputs)
+        return found
+
+
 def _fuse_gelu(network: PreTrainedModel) -> None:
-    """GPT-2's GELU as one kernel: the same formula, which Transformers writes as eight steps, one of them fp32 only."""
     for module in network.modules():
         for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
+            if type(child) is NewGELUActivation:
+                setattr(module, name, _GELU())
 
 
 @contextmanager

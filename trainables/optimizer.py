@@ -15,16 +15,17 @@ Schedule = Literal["linear", "cosine", "constant"]
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, which a trial steers through tensors and the next trial starts afresh.
 
-    Learning rate, weight decay and clipping differ from trial to trial; a captured step reads them from `rates` and
-    stays what it is. The kernel takes no tensor for the decay, so it is a step of its own, as AdamW defines it. The
-    state exists from the start, where torch makes it at the first step: `reset` and `load` write into it.
+    Matrices decay, biases and norms do not: by shape, since names differ (a filter on `LayerNorm.weight` misses GPT-2's
+    `ln_1`, `ln_2` and `ln_f`). Learning rate, decay and clipping differ from trial to trial; a captured step reads them
+    from `rates` and stays what it is. The kernel takes no tensor for the decay, so that is a step of its own, as
+    AdamW defines it. The state exists from the start, where torch makes it at the first step: `reset` and `load`
+    write into it.
     """
 
     def __init__(self, network: nn.Module) -> None:
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        # By shape, since names differ: a filter on `LayerNorm.weight` misses GPT-2's `ln_1`, `ln_2` and `ln_f`.
-        self._decayed = [parameter for parameter in parameters if parameter.ndim >= 2]
-        self._parameters = self._decayed + [parameter for parameter in parameters if parameter.ndim < 2]
+        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+        self._parameters = matrices + [parameter for parameter in parameters if parameter.ndim < 2]
         device = self._parameters[0].device
         self.rates = torch.zeros(3, device=device)
         """Learning rate, what a step's decay leaves of a matrix, largest norm of the gradients: see `rates_of`."""
@@ -43,10 +44,11 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Clips the gradients, decays the matrices, follows the gradients. Never waits for the device."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        torch._foreach_mul_(gradients, (self.rates[2] / (norm + 1e-6)).clamp(max=1.0))
-        torch._foreach_mul_([matrix for matrix in self._decayed if matrix.grad is not None], self.rates[1])
+        used = [parameter for parameter in self._parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in used if parameter.grad is not None])
+        # The kernel divides by it on its way, for GradScaler; clipping by itself would be another pass over everything.
+        self.grad_scale = ((norm + 1e-6) / self.rates[2]).clamp(min=1.0)
+        torch._foreach_mul_([parameter for parameter in used if parameter.ndim >= 2], self.rates[1])
         super().step()
 
     def reset(self) -> None:

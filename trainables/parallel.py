@@ -41,6 +41,8 @@ GROUP_TIMEOUT = timedelta(minutes=15)
 
 BOOST_ONE_RANK = False
 """Whether one rank alone is boosted too, for measurements."""
+DDP_TIMED_STEPS = 10
+"""DDP times so many steps with events that it waits for, which a CUDA graph cannot hold."""
 
 
 def launch(rank: int, world_size: int, device: torch.device) -> None:
@@ -101,6 +103,8 @@ class Parallel:
         self.model: Callable[..., Any] = model
         self._optimizer: Any = optimizer
         self._booster: Booster | None = None
+        self.num_eager_steps = 0
+        """Steps to run before one is captured."""
         if self.world_size > 1 or BOOST_ONE_RANK:
             # Buffers are constants in these models.
             plugin = TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -108,6 +112,9 @@ class Parallel:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.model, self._optimizer, *_ = self._booster.boost(model, optimizer)
+            self.num_eager_steps = DDP_TIMED_STEPS + 1
+            # Else it times every 100th step too.
+            cast(Any, self.model).module._set_ddp_runtime_logging_sample_rate(2**31 - 1)
 
     def gradients(self, sync: bool) -> AbstractContextManager[Any]:
         """Goes round forward and backward: gradients are averaged over the ranks in it only when `sync`."""

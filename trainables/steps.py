@@ -7,7 +7,6 @@ width on the whole step (forward, backward, all-reduce, clipping, AdamW) is one 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,10 +16,9 @@ import torch
 from torch.nn import functional
 
 from trainables.batches import Encoded, bucket_width
+from trainables.errors import ModelError, Problem
 from trainables.optimizer import AdamW
 from trainables.parallel import Parallel
-
-log = logging.getLogger(__name__)
 
 
 class DeviceRows:
@@ -54,16 +52,19 @@ class Graphs:
     The first time is a real run too. It loads kernels and fills caches, which a capture must not do.
     """
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, num_eager: int) -> None:
+        """`num_eager`: so many runs come before the first capture."""
         self.enabled = enabled
+        self._num_eager = num_eager
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         # One graph runs at a time and keeps nothing in its memory for later, so that all can use the same.
         self._pool = torch.cuda.graph_pool_handle() if enabled else None
 
     def run(self, key: int, function: Callable[[], None]) -> None:
-        if not self.enabled or key not in self._graphs:
+        if not self.enabled or key not in self._graphs or self._num_eager > 0:
             function()
             self._graphs[key] = None
+            self._num_eager -= 1
             return
         graph = self._graphs[key]
         if graph is None:
@@ -73,12 +74,18 @@ class Graphs:
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        # thread_local: NCCL's watchdog asks for the state of events while this thread captures.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            function()
-        finally:
-            graph.capture_end()
+            # thread_local: NCCL's watchdog asks for the state of events while this thread captures.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            rule, found = "a training step of the model can be captured as a CUDA graph", f"{error}".splitlines()[0]
+            raise ModelError(Problem("training.compile", rule, found, "compile: off for this model")) from error
         return graph
 
 
@@ -105,7 +112,7 @@ class Steps:
         self._labels = labels
         self._num_classes, self._max_length = num_classes, max_length
         self._micro_batch_size, self._precision = micro_batch_size, precision
-        self._graphs = Graphs(captures)
+        self._graphs = Graphs(captures, parallel.num_eager_steps)
         rank_rows = -(-batch_size // parallel.world_size)
         # What a captured step reads and writes.
         self._rows = torch.zeros(rank_rows, dtype=torch.int64, device=self._device)
