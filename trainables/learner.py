@@ -6,8 +6,12 @@ What was captured or compiled for one trial reads and writes these very tensors,
 from __future__ import annotations
 
 import gc
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,36 +25,31 @@ from trainables.parallel import Parallel
 
 Ready = TypeVar("Ready")
 
-DYNAMIC: bool | None = True
 MAX_READY = 4
 """So many combinations of batch size, `max_length` and so on are kept ready at once: their graphs take memory."""
 
 
-class Learner:
-    """One model configuration on one rank, for any number of trials one after the other."""
+@dataclass(frozen=True)
+class Kind:
+    """What two trials must have in common to use one learner."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tokenizer: PreTrainedTokenizerFast,
-        label_names: Sequence[str],
-        device: torch.device,
-        seed: int,
-        compiles: bool,
-    ) -> None:
-        self._config, self._tokenizer, self._label_names, self._device = config, tokenizer, label_names, device
-        self._compiles = compiles
-        network = self._build(seed)
-        self.network = network.to(device)
-        if compiles:
-            compile_blocks(network)
+    model: ModelConfig
+    label_names: tuple[str, ...]
+    device: torch.device
+    compiles: bool
+
+
+class Learner:
+    """A model of one kind on one rank, for any number of trials one after the other."""
+
+    def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self.kind, self._tokenizer = kind, tokenizer
+        self.network = self._build(seed).to(kind.device)
+        if kind.compiles:
+            compile_layers(self.network)
         self.optimizer = AdamW(self.network)
         self.parallel = Parallel(self.network, self.optimizer)
         self._ready: OrderedDict[Hashable, Any] = OrderedDict()
-
-    @property
-    def key(self) -> Hashable:
-        return learner_key(self._config, self._label_names, self._device, self._compiles)
 
     def reset(self, seed: int) -> None:
         """Makes it what a new one with this seed would be, bit by bit."""
@@ -61,6 +60,10 @@ class Learner:
                 tensor.copy_(self._fresh[name])
         self.optimizer.reset()
         self.optimizer.zero_grad()
+
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        """Goes round an evaluation: it runs as the exported model would."""
+        return torch.compiler.set_stance("force_eager") if self.kind.compiles else nullcontext()
 
     def ready(self, key: Hashable, make: Callable[[], Ready]) -> Ready:
         """What `make` gave when this key was asked for first."""
@@ -73,52 +76,43 @@ class Learner:
     def _build(self, seed: int) -> PreTrainedModel:
         """A new network on the CPU. Its weights stay in host memory, where they take nothing from what trains."""
         torch.manual_seed(seed)
-        network = build_model(self._config, self._tokenizer, self._label_names)
+        network = build_model(self.kind.model, self._tokenizer, self.kind.label_names)
         self._seed = seed
-        is_shared = self._device.type == "cpu"  # `to` makes no copy then
+        is_shared = self.kind.device.type == "cpu"  # `to` makes no copy then
         self._fresh = {name: tensor.clone() if is_shared else tensor for name, tensor in network.state_dict().items()}
         return network
 
 
-def learner_key(config: ModelConfig, label_names: Sequence[str], device: torch.device, compiles: bool) -> Hashable:
-    """What two trials must have in common to use one learner."""
-    return config.model_dump_json(), tuple(label_names), device, compiles
+def compile_layers(network: nn.Module) -> None:
+    """Has inductor compile the layers of a transformer, in training alone.
 
-
-def compile_blocks(network: nn.Module) -> None:
-    """Has torch compile the layers of a transformer, each as it runs first: they are alike, and so one compilation."""
+    The layers are alike and so one compilation, for all widths. What was compiled is kept for other processes. Comes
+    before `boost`, which then sees the gradients of one layer after the other.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "tune-service" / "inductor"))
     for stack in network.modules():
         if isinstance(stack, nn.ModuleList):
-            for block in stack:
-                block.compile(dynamic=DYNAMIC)
+            for layer in stack:
+                layer.compile(dynamic=True)
 
 
-_kept: dict[Hashable, Learner] = {}
+_kept: list[Learner] = []
 """The learner of the trial before; empty while a trial has it."""
 
 
-def take(
-    config: ModelConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    label_names: Sequence[str],
-    device: torch.device,
-    seed: int,
-    compiles: bool,
-) -> Learner:
-    """A learner as new; the one of the trial before where the model is the same. `give_back` ends its use."""
-    key = learner_key(config, label_names, device, compiles)
-    learner = _kept.pop(key, None)
-    if learner is None:
-        # The new model needs the memory of the one before.
-        _kept.clear()
+def take(kind: Kind, tokenizer: PreTrainedTokenizerFast, seed: int) -> Learner:
+    """A learner as new; the one of the trial before where that is of this kind. `give_back` ends its use."""
+    learner = _kept.pop() if _kept else None
+    if learner is None or learner.kind != kind:
+        learner = None  # the new model needs its memory
         gc.collect()
-        if device.type == "cuda":
+        if kind.device.type == "cuda":
             torch.cuda.empty_cache()
-        learner = Learner(config, tokenizer, label_names, device, seed, compiles)
+        learner = Learner(kind, tokenizer, seed)
     learner.reset(seed)
     return learner
 
 
 def give_back(learner: Learner) -> None:
-    _kept.clear()
-    _kept[learner.key] = learner
+    _kept[:] = [learner]

@@ -45,9 +45,9 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Clips the gradients, decays the matrices, follows the gradients. Never waits for the device."""
         used = [parameter for parameter in self._parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in used if parameter.grad is not None])
-        # The kernel divides by it on its way, for GradScaler; clipping by itself would be another pass over everything.
-        self.grad_scale = ((norm + 1e-6) / self.rates[2]).clamp(min=1.0)
+        gradients = [parameter.grad for parameter in used if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (self.rates[2] / (norm + 1e-6)).clamp(max=1.0))
         torch._foreach_mul_([parameter for parameter in used if parameter.ndim >= 2], self.rates[1])
         super().step()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -46,6 +47,10 @@ class DeviceRows:
         return inputs | {"attention_mask": real.long()}
 
 
+_graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+"""All of this process. One runs at a time and keeps nothing for later, so that all use the same memory."""
+
+
 class Graphs:
     """Runs functions over tensors that stay at one place: as they are, or, from the second time on, as a CUDA graph.
 
@@ -57,8 +62,6 @@ class Graphs:
         self.enabled = enabled
         self._num_eager = num_eager
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-        # One graph runs at a time and keeps nothing in its memory for later, so that all can use the same.
-        self._pool = torch.cuda.graph_pool_handle() if enabled else None
 
     def run(self, key: int, function: Callable[[], None]) -> None:
         if not self.enabled or key not in self._graphs or self._num_eager > 0:
@@ -73,10 +76,11 @@ class Graphs:
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other in _graphs), None)
         torch.cuda.synchronize()
         try:
             # thread_local: NCCL's watchdog asks for the state of events while this thread captures.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 function()
             finally:
@@ -86,6 +90,7 @@ class Graphs:
         except RuntimeError as error:
             rule, found = "a training step of the model can be captured as a CUDA graph", f"{error}".splitlines()[0]
             raise ModelError(Problem("training.compile", rule, found, "compile: off for this model")) from error
+        _graphs.add(graph)
         return graph
 
 
