@@ -1,6 +1,6 @@
 """Whether captured steps on a GPU train as plain ones do. Prints each check, and ends with 1 if one failed.
 
-    TUNE_SERVICE_TEST_DATA=DATA python tests/gpu/check_steps.py
+    TUNE_SERVICE_TEST_DATA=DATA python tests/gpu/check_steps.py [same_losses] [next_trials] [resumed] [accuracies]
 
 DATA holds gpt2-tokenizer/, glue/mrpc and glue/sst2; the models are small and start from random weights.
 """
@@ -64,7 +64,7 @@ def num_graphs() -> int:
 def same_losses() -> None:
     for family in FAMILIES:
         check(f"{family}: captured as plain", losses(family, MRPC), losses(family, MRPC, compile="off"), 5e-3)
-        check(f"{family}: compiled as plain", losses(family, MRPC, compile="on"), losses(family, MRPC), 5e-2)
+    check("gpt2: compiled as plain", losses("gpt2", MRPC, compile="on"), losses("gpt2", MRPC), 5e-2)
     micro = {"micro_batch_size": 12, "learning_rate": 3e-6}
     check("gpt2: micro batches", losses("gpt2", MRPC, **micro), losses("gpt2", MRPC, learning_rate=3e-6), 1e-3)
     plain = losses("gpt2", MRPC)
@@ -116,7 +116,8 @@ def accuracies() -> None:
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(), torch.__version__)
-    for part in (same_losses, next_trials, resumed, accuracies):
+    parts = {part.__name__: part for part in (same_losses, next_trials, resumed, accuracies)}
+    for part in (parts[name] for name in sys.argv[1:] or parts):
         started = time.perf_counter()
         part()
         print(f"{part.__name__}: {time.perf_counter() - started:.1f} s", flush=True)
