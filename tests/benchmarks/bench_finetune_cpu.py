@@ -92,7 +92,9 @@ if __name__ == "__main__":
         best: dict[str, float] = {}
         for _ in range(ROUNDS):
             for name in ("tune-service", "plain loop", "Hugging Face Trainer"):
-                best[name] = max(best.get(name, 0.0), tokens_per_s(name, folder))
+                rate = tokens_per_s(name, folder)
+                print(f"{name}: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
+                best[name] = max(best.get(name, 0.0), rate)
         show(
             "finetune on a CPU",
             tokens_per_s={name: round(rate) for name, rate in best.items()},

@@ -34,7 +34,9 @@ failed = []
 
 def reports(family: str, data: dict[str, Any], resume_from: Path | None = None, **options: Any) -> Iterator[Report]:
     dropout, seed = options.pop("dropout", 0.0), options.pop("seed", 42)
-    training = {"max_epochs": 2, "learning_rate": 3e-4, "precision": "fp32", "max_length": 96} | options
+    # 28 divides the 3,668 rows: the smaller batch at the end, which a captured step fills up, rounds differently.
+    fixed = {"max_epochs": 2, "learning_rate": 3e-4, "precision": "fp32", "max_length": 96, "batch_size": 28}
+    training = fixed | options
     config = FAMILIES[family] | {"model_type": family} | ({} if family == "llama" else {"dropout": dropout})
     settings = {
         "model": {"name": str(DATA / "gpt2-tokenizer"), "from_scratch": True, "config": config},
@@ -63,14 +65,14 @@ def num_graphs() -> int:
 
 def same_losses() -> None:
     for family in FAMILIES:
-        check(f"{family}: captured as plain", losses(family, MRPC), losses(family, MRPC, compile="off"), 5e-3)
+        check(f"{family}: captured as plain", losses(family, MRPC), losses(family, MRPC, compile="off"), 1e-5)
     check("gpt2: compiled as plain", losses("gpt2", MRPC, compile="on"), losses("gpt2", MRPC), 5e-2)
     micro = {"micro_batch_size": 12, "learning_rate": 3e-6}
     check("gpt2: micro batches", losses("gpt2", MRPC, **micro), losses("gpt2", MRPC, learning_rate=3e-6), 1e-3)
     plain = losses("gpt2", MRPC)
     parallel.BOOST_ONE_RANK = True
     learner._kept.clear()
-    check("gpt2: under TorchDDPPlugin", losses("gpt2", MRPC), plain, 2e-3)
+    check("gpt2: under TorchDDPPlugin", losses("gpt2", MRPC), plain, 1e-5)
     parallel.BOOST_ONE_RANK = False
     learner._kept.clear()
 
@@ -81,7 +83,7 @@ def next_trials() -> None:
     graphs = num_graphs()
     losses("gpt2", MRPC, learning_rate=1e-4, weight_decay=0.1, warmup_fraction=0.3, max_grad_norm=None, seed=7)
     check("gpt2: another rate, decay, warm-up, clipping and seed captures nothing", [num_graphs()], [graphs], 0)
-    check("gpt2: a reset model is as new", losses("gpt2", MRPC), first, 2e-3)
+    check("gpt2: a reset model is as new", losses("gpt2", MRPC), first, 1e-5)
 
 
 def resumed() -> None:
@@ -92,7 +94,7 @@ def resumed() -> None:
             if report.epoch == 2 and report.save is not None:
                 report.save(Path(folder))
         again = losses("gpt2", MRPC, Path(folder), max_epochs=3, dropout=0.1)
-        check("gpt2: a resumed trial goes on as if it had not been cut, with dropout", again, undisturbed[2:], 2e-3)
+        check("gpt2: a resumed trial goes on as if it had not been cut, with dropout", again, undisturbed[2:], 1e-4)
 
 
 def accuracies() -> None:
@@ -105,7 +107,14 @@ def accuracies() -> None:
         found: dict[str, list[float]] = {"auto": [], "off": []}
         for compile_, values in found.items():
             for seed in (1, 2, 3):
-                options = {"compile": compile_, "precision": "bf16", "dropout": 0.1, "max_epochs": 3, "max_length": 64}
+                options = {
+                    "compile": compile_,
+                    "precision": "bf16",
+                    "dropout": 0.1,
+                    "max_epochs": 3,
+                    "max_length": 64,
+                    "batch_size": 32,
+                }
                 *_, last = reports("gpt2", data, seed=seed, **options)
                 values.append(round(last.metrics["eval_accuracy"], 4))
         spread = max(max(values) - min(values) for values in found.values())
