@@ -66,9 +66,9 @@ def num_graphs() -> int:
 def same_losses() -> None:
     for family in FAMILIES:
         check(f"{family}: captured as plain", losses(family, MRPC), losses(family, MRPC, compile="off"), 1e-5)
-    check("gpt2: compiled as plain", losses("gpt2", MRPC, compile="on"), losses("gpt2", MRPC), 5e-2)
+    check("gpt2: compiled as plain", losses("gpt2", MRPC, compile="on"), losses("gpt2", MRPC), 1e-3)
     micro = {"micro_batch_size": 12, "learning_rate": 3e-6}
-    check("gpt2: micro batches", losses("gpt2", MRPC, **micro), losses("gpt2", MRPC, learning_rate=3e-6), 1e-3)
+    check("gpt2: micro batches", losses("gpt2", MRPC, **micro), losses("gpt2", MRPC, learning_rate=3e-6), 1e-5)
     plain = losses("gpt2", MRPC)
     parallel.BOOST_ONE_RANK = True
     learner._kept.clear()
