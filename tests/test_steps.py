@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trainables.batches import Encoded, pad
+from trainables.errors import ModelError
 from trainables.steps import DeviceRows, Graphs
 
 
@@ -54,3 +55,33 @@ def test_a_function_is_captured_when_it_has_run_once_and_enough_has_run_before(m
         graphs.run(key, lambda key=key: log.append(f"run {key}"))  # type: ignore[misc]
     graph = ["capture", "replay graph"]
     assert log == ["run 8", "run 8", "run 16", *graph, *graph, "run 24", "replay graph"]
+
+
+class BrokenCapture:
+    """A CUDA graph that was invalidated: its end says so, whatever the reason was."""
+
+    def capture_begin(self, **options: object) -> None:
+        return None
+
+    def capture_end(self) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("reason", "raised", "says"),
+    [
+        (RuntimeError("a copy to the host\nand more"), ModelError, "found a copy to the host; expected compile: off"),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory"),
+    ],
+)
+def test_a_step_that_cannot_be_captured_says_why(
+    monkeypatch: pytest.MonkeyPatch, reason: Exception, raised: type[Exception], says: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenCapture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def fails() -> None:
+        raise reason
+
+    with pytest.raises(raised, match=says):
+        Graphs(enabled=True, num_eager=0)._capture(fails)

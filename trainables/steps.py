@@ -85,10 +85,11 @@ class Graphs:
                 function()
             finally:
                 graph.capture_end()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            rule, found = "a training step of the model can be captured as a CUDA graph", f"{error}".splitlines()[0]
+            cause = error.__context__ or error  # the end of a broken capture only says that it is broken
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            rule, found = "a training step of the model can be captured as a CUDA graph", f"{cause}".partition("\n")[0]
             raise ModelError(Problem("training.compile", rule, found, "compile: off for this model")) from error
         _graphs.add(graph)
         return graph
