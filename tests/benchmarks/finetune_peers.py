@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ class Times:
     """With the evaluation."""
     tokens: int
     """Real ones, of one epoch's training."""
+    cpu_s: list[float] = field(default_factory=list)
+    """Of all threads of this process, as `epoch_s`; other work on the machine does not count."""
 
     def summary(self, skip: int) -> dict[str, Any]:
         """Medians without the first `skip` epochs."""
@@ -53,15 +55,15 @@ class Times:
 def product(settings: dict[str, Any], device: str) -> Times:
     from trainables.finetune import finetune
 
-    lengths = encoded(settings)[1]["train"][0].lengths
-    metrics = [
-        report.metrics
-        for report in finetune(
-            Context({}, device=device, max_epochs=settings["training"]["max_epochs"], settings=settings)
-        )
-    ]
-    tokens = int(lengths.sum())
-    return Times([tokens / each["tokens_per_s"] for each in metrics], [each["epoch_s"] for each in metrics], tokens)
+    times = Times([], [], int(encoded(settings)[1]["train"][0].lengths.sum()))
+    context = Context({}, device=device, max_epochs=settings["training"]["max_epochs"], settings=settings)
+    cpu_s = time.process_time()
+    for report in finetune(context):
+        times.cpu_s.append(time.process_time() - cpu_s)
+        times.train_s.append(times.tokens / report.metrics["tokens_per_s"])
+        times.epoch_s.append(report.metrics["epoch_s"])
+        cpu_s = time.process_time()
+    return times
 
 
 def encoded(settings: dict[str, Any]) -> tuple[Any, dict[str, tuple[Encoded, np.ndarray]]]:
@@ -101,7 +103,7 @@ def plain_loop(
 
     times = Times([], [], int(splits["train"][0].lengths.sum()))
     for _ in range(epochs):
-        started = time.perf_counter()
+        started, cpu_s = time.perf_counter(), time.process_time()
         model.train()
         total = torch.zeros((), device=device)
         for inputs, labels in batches("train", np.random.permutation(rows)):
@@ -121,6 +123,7 @@ def plain_loop(
             for inputs, labels in batches("validation", np.arange(len(splits["validation"][0]))):
                 correct += int((model(**inputs).logits.argmax(-1) == labels).sum())
         times.epoch_s.append(time.perf_counter() - started)
+        times.cpu_s.append(time.process_time() - cpu_s)
     return times
 
 
@@ -136,10 +139,10 @@ def _examples(data: Encoded, labels: np.ndarray) -> Iterator[dict[str, Any]]:
 class _Clock(TrainerCallback):
     def __init__(self, times: Times) -> None:
         self._times = times
-        self._started = 0.0
+        self._started = self._cpu_s = 0.0
 
     def on_epoch_begin(self, *arguments: Any, **options: Any) -> None:
-        self._started = time.perf_counter()
+        self._started, self._cpu_s = time.perf_counter(), time.process_time()
 
     def on_epoch_end(self, *arguments: Any, **options: Any) -> None:
         if torch.cuda.is_available():
@@ -148,6 +151,7 @@ class _Clock(TrainerCallback):
 
     def on_evaluate(self, *arguments: Any, **options: Any) -> None:
         self._times.epoch_s.append(time.perf_counter() - self._started)
+        self._times.cpu_s.append(time.process_time() - self._cpu_s)
 
 
 def hugging_face(settings: dict[str, Any], device: str, folder: str) -> Times:
