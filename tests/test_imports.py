@@ -31,9 +31,12 @@ ONLY_IN = {
     },
     "torch": {
         "trainables/finetune.py",
+        "trainables/learner.py",
         "trainables/model.py",
+        "trainables/optimizer.py",
         "trainables/parallel.py",
         "trainables/score.py",
+        "trainables/steps.py",
     },
 }
 """Libraries that a few files know."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from trainables.batches import encode, pad
 from trainables.config import DataConfig, ModelConfig
 from trainables.data import read_texts
 from trainables.errors import ModelError, Problem
-from trainables.model import build_model, check_max_length, load_tokenizer, lr_lambda, make_optimizer
+from trainables.model import build_model, check_max_length, load_tokenizer
 
 WORDS = ("apple", "bread", "cheese", "dates", "eggs", "figs")
 LABELS = ("no", "yes", "maybe")
@@ -400,57 +399,6 @@ def test_opening_a_model_says_nothing_and_leaves_the_log_level(
     opened(ModelConfig(name=str(folder)), labels=("no", "yes"))
     assert "".join(capfd.readouterr()) == ""
     assert logging.get_verbosity() == level
-
-
-# --- Optimizer and schedule ---
-
-
-@FAMILIES
-def test_matrices_decay_and_biases_and_norms_do_not(family: str, tokenizer_folder: MakeFolder) -> None:
-    network, _ = opened(scratch(tokenizer_folder(family)))
-    optimizer = make_optimizer(network, learning_rate=0.1, weight_decay=0.01)
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.01 for p in group["params"]}
-    plain = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.0 for p in group["params"]}
-    assert len(decayed) + len(plain) == len(list(network.parameters()))
-    for name, parameter in network.named_parameters():
-        is_small = name.endswith("bias") or "norm" in name.lower() or ".ln_" in name
-        assert id(parameter) in (plain if is_small else decayed), name
-
-
-def test_gpt2s_layer_norms_stay_where_they_are_without_gradients(tokenizer_folder: MakeFolder) -> None:
-    network, _ = opened(scratch(tokenizer_folder("gpt2")))
-    optimizer = make_optimizer(network, learning_rate=0.1, weight_decay=0.5)
-    for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    before = network.transformer.wte.weight.clone()
-    optimizer.step()
-    norms = [network.transformer.ln_f, *(norm for block in network.transformer.h for norm in (block.ln_1, block.ln_2))]
-    assert all(torch.equal(norm.weight, torch.ones(32)) for norm in norms)
-    torch.testing.assert_close(network.transformer.wte.weight, before * 0.95)
-
-
-def shares(schedule: str, total_steps: int, warmup_fraction: float) -> list[float]:
-    share = lr_lambda(schedule, total_steps, warmup_fraction)  # type: ignore[arg-type]
-    return [share(step) for step in range(total_steps + 2)]
-
-
-def test_linear_rises_over_the_warmup_and_falls_to_zero() -> None:
-    assert shares("linear", 6, 1 / 3) == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0])
-
-
-def test_cosine_is_half_way_down_in_the_middle() -> None:
-    assert shares("cosine", 4, 0.0) == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0, 0])
-
-
-def test_constant_stays_after_the_warmup() -> None:
-    assert shares("constant", 4, 0.5) == [0, 0.5, 1, 1, 1, 1]
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_a_schedule_of_warmup_only_or_of_one_step_has_no_division_by_zero(schedule: str) -> None:
-    assert shares(schedule, 2, 1.0)[:2] == [0, 0.5]
-    assert shares(schedule, 1, 0.1)[0] == 1.0
-    assert all(0 <= share <= 1 for share in shares(schedule, 0, 0.1))
 
 
 # --- Real models ---

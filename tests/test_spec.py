@@ -92,6 +92,7 @@ def test_a_spec_of_four_keys_has_the_defaults_of_the_contract() -> None:
             "max_grad_norm": 1.0,
             "precision": "bf16",
             "seed": 42,
+            "compile": "auto",
         },
         "search_space": "gpt2",
         "objective": {"metric": "eval_accuracy", "mode": "max"},
@@ -104,6 +105,15 @@ def test_a_spec_of_four_keys_has_the_defaults_of_the_contract() -> None:
         "record": None,
         "trainable": "finetune",
     }
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_compile_is_written_without_quotes(tmp_path: Path, word: str) -> None:
+    """YAML 1.1 reads a bare `on` as true."""
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(FINETUNE) + f"training: {{compile: {word}}}\n")
+    assert load_spec(file).training_values["compile"] == word
+    assert load_spec(file, ["training.compile=off"]).training_values["compile"] == "off"
 
 
 def test_a_section_that_is_empty_or_null_has_its_defaults() -> None:
@@ -142,7 +152,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     (FINETUNE, {"name": ...}, "name", "null", "mrpc-gpt2"),
     (FINETUNE, {"trainning": {}}, "trainning", "trainning", "training (of"),
     (FINETUNE, {"loggers": []}, "loggers", "loggers", "one of name, model"),
-    (FINETUNE, {"training/compile": "auto"}, "training.compile", "compile", "one of max_epochs"),
+    (FINETUNE, {"training/plugin": "x"}, "training.plugin", "plugin", "one of max_epochs"),
     (FINETUNE, {"training/bacth_size": 8}, "training.bacth_size", "bacth_size", "batch_size (of"),
     (FINETUNE, {"training": 5}, "training", "5", "the keys max_epochs"),
     (FINETUNE, {"training/batch_size": True}, "training.batch_size", "true", "a whole number, such as 32"),
@@ -170,6 +180,8 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     (FINETUNE, {"search_space": ...}, "search_space", "null", "one of gpt2"),
     (FINETUNE, {"search_space": [1]}, "search_space", "[1]", "a mapping such as"),
     (FINETUNE, {"search_space": {"seed": {"choice": [1]}}}, "search_space.seed", "choice", "training.seed"),
+    (FINETUNE, {"search_space": {"compile": {"choice": ["on"]}}}, "search_space.compile", "choice", "training.compile"),
+    (FINETUNE, {"training/compile": "max"}, "training.compile", "max", "'auto'"),
     (FINETUNE, {"search_space": {"n_layer": {"choice": [1]}}}, "search_space.n_layer", "", "model.config.n_layer"),
     (FINETUNE, {"search_space": {"lerning_rate": {"choice": [1.0]}}}, "search_space.lerning_rate", "", "learning_rate"),
     (FINETUNE, {"search_space": {"model.config.": {"choice": [1]}}}, "search_space.model.config.", "", "one of"),
@@ -525,6 +537,7 @@ training_fields = st.fixed_dictionaries(
         "schedule": st.sampled_from(["linear", "cosine", "constant"]),
         "max_grad_norm": st.none() | st.floats(1e-3, 10),
         "seed": st.integers(0, 2**32 - 1),
+        "compile": st.sampled_from(["auto", "on", "off"]),
     },
 )
 SPECIAL = ["1e-5", "1e5", "no", "~", "line\nbreaks\r\x85\u2028"]
@@ -605,7 +618,7 @@ def test_a_spec_for_one_trial_loads_and_its_first_and_only_trial_has_those_param
 
 
 def test_every_training_field_can_be_tuned_but_three() -> None:
-    assert set(TrainingConfig.model_fields) - set(TUNABLE_FIELDS) == {"max_epochs", "seed", "precision"}
+    assert set(TrainingConfig.model_fields) - set(TUNABLE_FIELDS) == {"max_epochs", "seed", "precision", "compile"}
     space = {"weight_decay": Uniform(0, 1)}
     assert isinstance(parse_spec(FINETUNE | {"search_space": space}).domains, SearchSpace)
 

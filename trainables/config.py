@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+
+def _yaml_word(value: object) -> object:
+    """In YAML 1.1 a bare `on` is a boolean."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Settings(BaseModel):
@@ -52,6 +57,10 @@ class TrainingConfig(Settings):
     """null: no clipping."""
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_word)] = "auto"
+    """How steps are made ready on a GPU. off: not at all. auto: as CUDA graphs of torch's own kernels, which costs a
+    second. on: as CUDA graphs of kernels compiled for the model, which costs 20 s for every new model and dropout.
+    auto does that too where one trial is so long that it pays. On a CPU auto is off."""
 
 
 class FinetuneConfig(Settings):

@@ -1,13 +1,12 @@
-"""The tokenizer, the classifier and what trains it: optimizer and learning rate."""
+"""The tokenizer and the classifier."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -20,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 
 from trainables.config import ModelConfig
 from trainables.errors import ModelError, Problem
@@ -27,8 +27,6 @@ from trainables.model_files import check_local, local_folder
 
 # In a rank's log a bar is a line for every epoch that says nothing, and hides what a failure says.
 transformers.utils.logging.disable_progress_bar()
-
-Schedule = Literal["linear", "cosine", "constant"]
 
 _FAMILIES = {"GPT2Tokenizer": "gpt2", "BertTokenizer": "bert", "LlamaTokenizer": "llama"}
 """The model type of a tokenizer class, for a folder that holds a tokenizer and no config."""
@@ -83,6 +81,7 @@ def build_model(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, label_na
     except Exception as error:
         raise _cannot_open("model", model, error) from error
     _set_padding(network, tokenizer.pad_token_id)
+    _fuse_gelu(network)
     return network
 
 
@@ -95,38 +94,6 @@ def check_max_length(network: PreTrainedModel, max_length: int) -> None:
     if positions is not None and max_length > positions:
         rule = "max_length is at most the model's positions"
         raise ModelError(Problem("training.max_length", rule, str(max_length), f"at most {positions}"))
-
-
-def make_optimizer(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only.
-
-    By shape, since names differ: a filter on `LayerNorm.weight` misses GPT-2's `ln_1`, `ln_2` and `ln_f`.
-    """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)
-
-
-def lr_lambda(schedule: Schedule, total_steps: int, warmup_fraction: float) -> Callable[[int], float]:
-    """The share of the peak learning rate at a step, counted from 0: from 0 up to 1, then as `schedule` says, to 0."""
-    warmup_steps = round(warmup_fraction * total_steps)
-
-    def share(step: int) -> float:
-        if step < warmup_steps:
-            return step / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        match schedule:
-            case "linear":
-                return 1.0 - progress
-            case "cosine":
-                return 0.5 * (1.0 + math.cos(math.pi * progress))
-            case "constant":
-                return 1.0
-
-    return share
 
 
 def _source(model: ModelConfig) -> str:
@@ -256,6 +223,22 @@ def _set_padding(network: PreTrainedModel, pad_token_id: int) -> None:
     embeddings = network.get_input_embeddings()
     if embeddings.padding_idx is not None:
         embeddings.padding_idx = pad_token_id  # else the old padding token, a real one now, would never be trained
+
+
+class _GELU(NewGELUActivation):  # type: ignore[misc]  # Transformers has no types
+    """In training one kernel, where Transformers takes eight steps of the same formula; elsewhere those, to the bit."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor
+        found = nn.functional.gelu(inputs, approximate="tanh") if self.training else super().forward(inputs)
+        return found
+
+
+def _fuse_gelu(network: PreTrainedModel) -> None:
+    for module in network.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, _GELU())
 
 
 @contextmanager

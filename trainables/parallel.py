@@ -39,6 +39,12 @@ GROUP_TIMEOUT = timedelta(minutes=15)
 """The last resort for a rank whose peer is stuck. The supervisor's step deadline is shorter and kills both."""
 
 
+BOOST_ONE_RANK = False
+"""Whether one rank alone is boosted too, for measurements."""
+DDP_TIMED_STEPS = 10
+"""DDP times so many steps with events that it waits for, which a CUDA graph cannot hold."""
+
+
 def launch(rank: int, world_size: int, device: torch.device) -> None:
     """Joins the trial's process group, or keeps it when this process is in it already (a warm worker group).
 
@@ -50,6 +56,8 @@ def launch(rank: int, world_size: int, device: torch.device) -> None:
     os.environ["LOCAL_RANK"] = "0"  # each rank sees its own GPU only, as device 0
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # All work of this process: the default stream cannot be captured, and DDP keeps to the stream it was made on.
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     if host == "127.0.0.1":
         # Otherwise gloo and NCCL take the interface that the host name points to: reachable from outside.
@@ -84,35 +92,45 @@ def leave() -> None:
 
 
 class Parallel:
-    """One trial's model and optimizer, boosted by TorchDDPPlugin over the process group that `launch` joined."""
+    """A model and its optimizer, boosted by TorchDDPPlugin over the process group that `launch` joined.
+
+    One rank alone has nobody to average its gradients with. Its model stays unwrapped: the numbers are the same, and
+    DDP's copies of every gradient are saved.
+    """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        # A plugin keeps rank and world size, so each trial has its own. Buffers are constants in these models.
-        plugin = TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._booster = Booster(plugin=plugin)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            boosted = self._booster.boost(model, optimizer)
-        self.model: Callable[..., Any] = boosted[0]
-        self.optimizer: Any = boosted[1]
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The model without wrappers, for evaluation and saving."""
-        return cast(torch.nn.Module, cast(Any, self.model).unwrap())
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.model: Callable[..., Any] = model
+        self._optimizer: Any = optimizer
+        self._booster: Booster | None = None
+        self.num_eager_steps = 0
+        """Steps to run before one is captured."""
+        if self.world_size > 1 or BOOST_ONE_RANK:
+            # Buffers are constants in these models.
+            plugin = TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._booster = Booster(plugin=plugin)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.model, self._optimizer, *_ = self._booster.boost(model, optimizer)
+            self.num_eager_steps = DDP_TIMED_STEPS + 1
+            # Else it times every 100th step too.
+            cast(Any, self.model).module._set_ddp_runtime_logging_sample_rate(2**31 - 1)
 
     def gradients(self, sync: bool) -> AbstractContextManager[Any]:
         """Goes round forward and backward: gradients are averaged over the ranks in it only when `sync`."""
-        return nullcontext() if sync else self._booster.no_sync(self.model, self.optimizer)
+        if sync or self._booster is None:
+            return nullcontext()
+        return cast(AbstractContextManager[Any], self._booster.no_sync(self.model, self._optimizer))
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._booster.backward(loss, self.optimizer)
+        if self._booster is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._booster.backward(loss, self._optimizer)
 
-    def step(self, max_grad_norm: float | None) -> None:
-        if max_grad_norm is not None:
-            self.optimizer.clip_grad_by_norm(max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from trainables.config import DataConfig, FinetuneConfig, ModelConfig, Settings,
 
 FINETUNE = "finetune"
 MODEL_PREFIX = "model.config."
-SAME_FOR_ALL_TRIALS = ("max_epochs", "seed", "precision")
+SAME_FOR_ALL_TRIALS = ("max_epochs", "seed", "precision", "compile")
 TUNABLE_FIELDS = tuple(name for name in TrainingConfig.model_fields if name not in SAME_FOR_ALL_TRIALS)
 
 

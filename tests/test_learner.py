@@ -1,0 +1,162 @@
+"""What a warm process keeps from trial to trial, and that a trial cannot tell it from new."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from trainables import Context, Report, learner, parallel
+from trainables.finetune import Run, finetune
+from tune_service.demo import write_pairs, write_tokenizer
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    learner._kept.clear()
+    parallel.leave()
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Settings]:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_pairs(folder / "data", num_train=70, num_validation=20)
+    write_tokenizer(folder / "tokenizer")
+
+    def make(dropout: float = 0.1, **training: Any) -> Settings:
+        sizes = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "dropout": dropout}
+        fixed = {"max_epochs": 2, "batch_size": 16, "max_length": 32, "learning_rate": 3e-3, "precision": "fp32"}
+        return {
+            "model": {"name": str(folder / "tokenizer"), "from_scratch": True, "config": sizes},
+            "data": {"path": str(folder / "data"), "text": ["sentence1", "sentence2"]},
+            "training": fixed | training,
+        }
+
+    return make
+
+
+def reports(settings: Settings, seed: int = 42) -> Iterator[Report]:
+    return finetune(Context({}, seed=seed, max_epochs=settings["training"]["max_epochs"], settings=settings))
+
+
+def curve(settings: Settings, seed: int = 42) -> list[dict[str, float]]:
+    clock = ("epoch_s", "tokens_per_s")
+    return [{k: v for k, v in report.metrics.items() if k not in clock} for report in reports(settings, seed)]
+
+
+def as_new(settings: Settings, seed: int = 42) -> list[dict[str, float]]:
+    learner._kept.clear()
+    return curve(settings, seed)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever a model is built."""
+    calls: list[int] = []
+    build = learner.build_model
+    monkeypatch.setattr(learner, "build_model", lambda *arguments: calls.append(1) or build(*arguments))
+    return calls
+
+
+def test_the_next_trial_builds_nothing_and_gives_what_a_new_model_gives_bit_by_bit(
+    settings: Callable[..., Settings], built: list[int]
+) -> None:
+    others = [
+        {"learning_rate": 1e-3, "weight_decay": 0.3, "warmup_fraction": 0.5, "max_grad_norm": None},
+        {"batch_size": 8},
+        {"max_length": 24},
+        {"precision": "bf16"},
+    ]
+    expected = [as_new(settings(**other)) for other in others]
+    first = as_new(settings())
+    built.clear()
+    assert [curve(settings(**other)) for other in others] == expected
+    assert curve(settings()) == first
+    assert built == []
+
+
+def test_a_trial_that_was_left_leaves_nothing_behind(settings: Callable[..., Settings], built: list[int]) -> None:
+    first = as_new(settings())
+    built.clear()
+    left = reports(settings(learning_rate=0.1))
+    next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert curve(settings()) == first
+    assert built == []
+
+
+def test_another_seed_draws_new_weights_into_the_same_tensors(
+    settings: Callable[..., Settings], built: list[int]
+) -> None:
+    expected = as_new(settings(), seed=7)
+    assert as_new(settings()) != expected
+    places = [parameter.data_ptr() for parameter in learner._kept[0].network.parameters()]
+    built.clear()
+    assert curve(settings(), seed=7) == expected
+    assert [parameter.data_ptr() for parameter in learner._kept[0].network.parameters()] == places
+    assert built == [1]
+
+
+def test_another_dropout_is_another_model(settings: Callable[..., Settings]) -> None:
+    expected = as_new(settings(dropout=0.5))
+    assert as_new(settings()) != expected
+    assert curve(settings(dropout=0.5)) == expected
+
+
+def test_two_trials_at_once_in_a_process_do_not_share_a_model(settings: Callable[..., Settings]) -> None:
+    expected = as_new(settings(dropout=0.0))
+    one, two = reports(settings(dropout=0.0)), reports(settings(dropout=0.0))
+    both = [(next(one).metrics["train_loss"], next(two).metrics["train_loss"]) for _ in range(2)]
+    assert both == [(each["train_loss"], each["train_loss"]) for each in expected]
+
+
+def test_few_shapes_of_batches_are_kept(settings: Callable[..., Settings]) -> None:
+    learner._kept.clear()
+    for size in range(8, 8 + learner.MAX_READY + 2):
+        curve(settings(batch_size=size, max_epochs=1))
+    assert len(learner._kept[0]._ready) == learner.MAX_READY
+
+
+@pytest.mark.parametrize(
+    ("device", "num_steps", "choice", "compiles"),
+    [
+        ("cuda", 1_000, "auto", False),
+        ("cuda", 20_000, "auto", True),
+        ("cuda", 1_000, "on", True),
+        ("cuda", 20_000, "off", False),
+        ("cpu", 20_000, "auto", False),
+    ],
+)
+def test_auto_compiles_where_one_trial_is_long_enough_to_pay(
+    settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    num_steps: int,
+    choice: str,
+    compiles: bool,
+) -> None:
+    from trainables.config import FinetuneConfig
+
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    run = object.__new__(Run)
+    run.config = FinetuneConfig(**settings(compile=choice))
+    run.device = torch.device(device)
+    assert run._compiles(num_steps) is compiles
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_plain_ones_do(settings: Callable[..., Settings]) -> None:
+    plain = as_new(settings(dropout=0.0))
+    for ours, theirs in zip(as_new(settings(dropout=0.0, compile="on")), plain, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
