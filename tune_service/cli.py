@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from trainables.errors import Problem, UserError
+from tune_service.cluster_cli import app as cluster_app
 from tune_service.errors import CommandError, StorageError, error_json, exit_code
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Tunes hyperparameters of transformers: Optuna-guided trials, scheduled by Ray Tune, stopped early by ASHA.",
 )
+app.add_typer(cluster_app, name="cluster")
 
 StorageOption = Annotated[
     str, typer.Option("--storage", envvar="TUNE_SERVICE_STORAGE", help="Folder that holds the studies.")
