@@ -23,9 +23,12 @@ FORBIDDEN = {
 
 ONLY_IN = {
     "colossalai": {"trainables/parallel.py"},
+    "boto3": {"tune_service/cluster_firewall.py"},
+    "botocore": {"tune_service/cluster_firewall.py", "tune_service/cluster_keys.py"},
     "ray": {
         "trainables/trial.py",
         "trainables/worker_group.py",
+        "tune_service/cluster_check.py",
         "tune_service/local_ray.py",
         "tune_service/tuner.py",
     },
@@ -48,6 +51,8 @@ LIGHT = (
     "tune_service.spec",
     "tune_service.machine",
     "tune_service.cli",
+    "tune_service.cluster_cli",
+    "tune_service.cluster_init",
 )
 """Modules that load neither torch nor ray: a spec is checked, and a command answers, before anything heavy loads."""
 

@@ -28,7 +28,7 @@ def check_cluster_file(path: Path) -> None:
     draft = _read(path)
     provider = draft.raw.get("provider")
     kind = provider.get("type") if isinstance(provider, dict) else None
-    if kind not in PROVIDERS:
+    if not isinstance(kind, str) or kind not in PROVIDERS:
         draft.fault("provider.type", "a provider is one of three", kind, "aws, gcp or local")
         raise SpecError(draft.problems)
     _check_shape(draft, draft.raw, cluster_shape(kind), "")
@@ -64,7 +64,7 @@ def _check_shape(draft: Draft, value: object, shape: Shape, key: str) -> None:
     match shape:
         case dict():
             if not isinstance(value, dict):
-                draft.fault(key, "a mapping stands here", value, f"the keys {', '.join(shape)}")
+                draft.fault(key, "a mapping stands here", value, _keys(shape))
                 return
             for name, inner in value.items():
                 place = f"{key}.{name}" if key else str(name)
@@ -84,6 +84,10 @@ def _check_shape(draft: Draft, value: object, shape: Shape, key: str) -> None:
         case type():
             if type(value) is not shape:
                 draft.fault(key, "a value has its key's type", value, _TYPE_NAMES[shape])
+
+
+def _keys(shape: Iterable[str]) -> str:
+    return ", ".join("any name" if name == "*" else name for name in shape)
 
 
 def _unknown(draft: Draft, key: str, name: str, shape: Iterable[str]) -> None:
@@ -118,7 +122,9 @@ def _ask_ray(draft: Draft) -> None:
             validate_config(prepare_config(copy.deepcopy(draft.raw)))
     except (Exception, click.exceptions.Exit, SystemExit) as error:
         path = ".".join(str(each) for each in getattr(error, "absolute_path", ()))
-        found = getattr(error, "message", None) or str(error) or said.getvalue().strip().splitlines()[-1:] or repr(error)
+        found = (
+            getattr(error, "message", None) or str(error) or said.getvalue().strip().splitlines()[-1:] or repr(error)
+        )
         draft.fault(path, "Ray's launcher accepts the file", found, "what `tune-service cluster init` writes there")
     finally:
         logging.disable(logging.NOTSET)
@@ -144,7 +150,9 @@ def _check_exposure(draft: Draft) -> None:
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         commands = raw.get(key) or []
         if not any("ray start" in each for each in commands):
-            draft.fault(key, "Ray is started with a token", "no `ray start`, for which Ray uses one without", "see cluster init")
+            draft.fault(
+                key, "Ray is started with a token", "no `ray start`, for which Ray uses one without", "see cluster init"
+            )
         for number, command in enumerate(commands):
             if "ray start" in command and "RAY_AUTH_MODE=token" not in command:
                 rule = "every `ray start` says RAY_AUTH_MODE=token, for nodes that differ in it refuse each other"
@@ -155,7 +163,11 @@ def _check_exposure(draft: Draft) -> None:
                 draft.fault(f"{key}[{number}]", rule, host, "--dashboard-host=127.0.0.1")
     rules = raw["provider"].get("security_group", {}).get("IpPermissions", [])
     for number, rule in enumerate(rules):
-        ranges = {each.get("CidrIp", each.get("CidrIpv6")) for name in ("IpRanges", "Ipv6Ranges") for each in rule.get(name, [])}
+        ranges = {
+            each.get("CidrIp", each.get("CidrIpv6"))
+            for name in ("IpRanges", "Ipv6Ranges")
+            for each in rule.get(name, [])
+        }
         if ranges & _EVERYWHERE and (rule.get("FromPort"), rule.get("ToPort")) != (22, 22):
             key = f"provider.security_group.IpPermissions[{number}]"
             draft.fault(key, "no port but ssh is open to the world", rule, "a CIDR of yours")

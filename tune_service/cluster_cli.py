@@ -16,7 +16,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 @app.command()
 def init(
-    provider: Annotated[str, typer.Option("--provider", help="aws, gcp or local (hosts with ssh).", show_default=False)],
+    provider: Annotated[
+        str, typer.Option("--provider", help="aws, gcp or local (hosts with ssh).", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", help="A new file.")] = Path("cluster.yaml"),
     name: Annotated[str, typer.Option("--name", help="The cluster's name.")] = "tune-service",
     region: Annotated[str | None, typer.Option("--region", help="aws, gcp.")] = None,

@@ -1,4 +1,4 @@
-"""Narrows ssh on AWS. Ray opens it to the world where it makes a security group, and leaves one alone that has rules."""
+"""Narrows ssh on AWS. Ray opens it to the world in a security group that it makes; one that has rules it leaves alone."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def narrow_ssh(file: Path, cidr: str) -> list[str]:
             _narrow(ec2, group, cidr)
     except (BotoCoreError, ClientError) as error:
         expected = "credentials that may change security groups"
-        raise CommandError(
-            Problem(f"security group {name}", "AWS takes the change", str(error), expected)
-        ) from error
+        raise CommandError(Problem(f"security group {name}", "AWS takes the change", str(error), expected)) from error
     return [str(group["GroupId"]) for group in groups]
 
 

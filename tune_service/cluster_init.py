@@ -149,10 +149,7 @@ def _values(provider: str, name: str, given: Mapping[str, Any], sources: Mapping
     if provider == "gcp":
         head_setup.append("cd ~/tune-service && make install-gcp   # Ray's launcher needs Google's client on the head")
     if "ssh_from" in given:
-        head_setup.append(
-            f"~/tune-service/.venv/bin/tune-service cluster firewall ~/ray_bootstrap_config.yaml"
-            f" --ssh-from {given['ssh_from']}"
-        )
+        head_setup.append(f"tune-service cluster firewall ~/ray_bootstrap_config.yaml --ssh-from {given['ssh_from']}")
     values.setdefault("node_ip", "")
     values["head_setup"] = "".join(f"\n  - {each}" for each in head_setup) or " []"
     return values

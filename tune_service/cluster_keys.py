@@ -113,9 +113,10 @@ def _ray_schema() -> Any:
 
 
 def _of_schema(schema: Any) -> Shape:
-    named = {name: _of_schema(inner) for name, inner in schema.get("properties", {}).items()}
-    any_name = {"*": _of_schema(inner) for inner in schema.get("patternProperties", {}).values()}
-    return {**named, **any_name} or None  # of types, Ray's own validation says enough
+    shape = {name: _of_schema(inner) for name, inner in schema.get("properties", {}).items()}
+    if "patternProperties" in schema:
+        (shape["*"],) = map(_of_schema, schema["patternProperties"].values())
+    return shape or None  # of types, Ray's own validation says enough
 
 
 @lru_cache(maxsize=1)

@@ -62,7 +62,7 @@ worker_start_ray_commands:
   - >-
     ulimit -n 65536; unset OMP_NUM_THREADS; RAY_AUTH_MODE=token
     ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076 --metrics-export-port=8090
-""")
+@after_worker_start""")
 
 MOUNTED = ("Makefile", "pyproject.toml", "requirements.lock", "search_spaces", "trainables", "tune_service")
 """What `make install` needs of the checkout. Ray reads all of what it mounts, so `.venv` must not be among it."""
@@ -188,6 +188,7 @@ class Provider:
     worker_types: Mapping[str, tuple[int, int]]
     """Machine type -> its CPUs and GPUs."""
     prerequisites: str = _UBUNTU
+    after_worker_start: str = ""
     autoscaler: str = ""
     """What the head's autoscaler is told in the environment."""
 
@@ -248,6 +249,12 @@ PROVIDERS = {
         {"ssh_user": os.environ.get("USER") or "root", "ssh_key": "~/.ssh/id_ed25519", "storage": "$HOME/studies"},
         {},
         prerequisites="",
+        after_worker_start="""\
+  # After `ray down` a worker's raylet ends by itself; what Ray would then leave behind ends with it.
+  - >-
+    setsid -f sh -c 'tail --pid=$(pgrep -nx raylet) -f /dev/null; pkill -f ray/_private/log_monitor.py'
+    >/dev/null 2>&1 </dev/null
+""",
         # Ray's autoscaler v2 counts the head of such a cluster among its workers and never starts the last of them.
         autoscaler="RAY_enable_autoscaler_v2=0 ",
     ),
@@ -262,6 +269,7 @@ def render(provider: str, values: Mapping[str, Any]) -> str:
         "provider": provider,
         "headline": kind.headline,
         "prerequisites": kind.prerequisites,
+        "after_worker_start": kind.after_worker_start,
         "autoscaler": kind.autoscaler,
     }
     return _TEMPLATE.substitute(filled, settings=kind.settings.substitute(filled))

@@ -1,17 +1,16 @@
 """A few machines on one: Linux namespaces, each with its own processes, network, /tmp, home, name and sshd.
 
 One of them is the user's own machine: it holds the cable of every other, and nothing in a lab has a way out. What
-`ray stop` sees on a machine is that machine's alone. All namespaces end with the process that made them, however it ends.
+`ray stop` sees on a machine is that machine's alone. All namespaces end with the process that made them, however that
+ends.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +58,12 @@ class Machine:
         self._process: subprocess.Popen[bytes] | None = None
         etc = self.outside(Path("/tmp/etc"))
         etc.mkdir(parents=True)
-        self.outside(HOME).mkdir()
+        self.outside(HOME / "bin").mkdir(parents=True)
+        program = self.outside(HOME / "bin/tune-service")  # of this tree, wherever another one is installed
+        program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tune_service.cli "$@"\n')
+        program.chmod(0o755)
+        self.outside(HOME / ".bashrc").write_text(f"export PATH={HOME}/bin:$PATH\n")
+        self.outside(HOME / ".bash_profile").write_text(". ~/.bashrc\n")
         self.environment = {"RAY_USAGE_STATS_ENABLED": "0"}
         for kind in ("host_key", "key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(etc / kind)], check=True)
@@ -86,7 +90,6 @@ class Machine:
         self.environment |= environment
         with self.outside(HOME / ".bashrc").open("a") as file:
             file.writelines(f"export {name}={value}\n" for name, value in environment.items())
-        self.outside(HOME / ".bash_profile").write_text(". ~/.bashrc\n")
 
     @property
     def pid(self) -> int:
@@ -128,7 +131,7 @@ class Machine:
         environment = {
             "HOME": str(HOME),
             "USER": "root",
-            "PATH": f"{sys.prefix}/bin:{_SYSTEM_PATH}",
+            "PATH": f"{HOME}/bin:{sys.prefix}/bin:{_SYSTEM_PATH}",
             "PYTHONPATH": str(ROOT),
             **self.environment,
             **(env or {}),
