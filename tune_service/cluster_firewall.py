@@ -1,4 +1,4 @@
-"""Narrows ssh on AWS. Ray opens it to the world in a security group that it makes; one that has rules it leaves alone."""
+"""Narrows ssh on AWS. A security group that Ray makes opens it to the world; one that has rules Ray leaves alone."""
 
 from __future__ import annotations
 

@@ -106,7 +106,6 @@ class Machine:
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         process = self._process
         wait_until(lambda: len(psutil.Process(process.pid).children()) == 1, 10, f"{self.name} to boot")
-        self.check("ip", "link", "set", "lo", "up")
         wait_until(self._answers, 20, f"sshd of {self.name}")
 
     def power_off(self) -> None:

@@ -5,6 +5,7 @@ set -euo pipefail
 folder=$1 name=$2
 shift 2
 hostname "$name"
+ip link set lo up
 mount --make-rprivate /
 mount --bind "$folder/passwd" /etc/passwd
 mount --bind "$folder/hosts" /etc/hosts
