@@ -23,10 +23,7 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     and CommandError when the study has no best trial or `out` cannot be written.
     """
     folder = storage.study(name)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputNotEmptyError(
-            Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name")
-        )
+    check_out(out)
     record = Record.open(folder)
     status = record.status(deep=True)
     if status.best is None:
@@ -46,6 +43,14 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
         expected = "a folder on a disk with room"
         raise CommandError(Problem("--out", "can be written", f"{type(error).__name__}: {error}", expected)) from error
     return status.best
+
+
+def check_out(out: Path) -> None:
+    """OutputNotEmptyError unless `out` is a new or an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputNotEmptyError(
+            Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name")
+        )
 
 
 def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial, checkpoint: Path) -> None:
