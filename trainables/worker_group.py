@@ -15,7 +15,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from trainables.errors import StepDeadlineError, TrialError, WorkerLostError
+from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
+from trainables.memory import num_oom_kills, tells_of_memory
 from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail
 
 STEP_DEADLINE_MIN_S = 60.0
@@ -91,7 +92,7 @@ class InProcessWorkerGroup(WorkerGroup):
         try:
             yield
         except TrialError as error:
-            raise TrialError(_with_log(str(error), self._task, 0)) from error
+            raise type(error)(_with_log(str(error), self._task, 0)) from error
 
 
 class RayWorkerGroup(WorkerGroup):
@@ -105,6 +106,7 @@ class RayWorkerGroup(WorkerGroup):
         gpus_per_worker: float,
         placement_group: PlacementGroup,
         deadline: StepDeadline,
+        first_bundle: int = 0,
     ) -> None:
         self._deadline = deadline
         self._task: Task | None = None
@@ -114,21 +116,24 @@ class RayWorkerGroup(WorkerGroup):
                 name=_free_name(f"{name} rank {rank}"),
                 num_cpus=cpus_per_worker,
                 num_gpus=gpus_per_worker,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, first_bundle + rank),
                 max_restarts=0,
             ).remote(rank, workers, gpus_per_worker > 0)
             for rank in range(workers)
         ]
         self._started = False
+        self._num_oom_kills = num_oom_kills()
 
     def begin(self, task: Task) -> None:
         self._task = task
-        end = time.monotonic() + START_DEADLINE_S
+        # A warm group has nothing to start and to import.
+        deadline_s = self._deadline.seconds if self._started else START_DEADLINE_S
+        end = time.monotonic() + deadline_s
         if not self._started:
-            host, port = self._ask(lambda rank: rank.endpoint.remote(), START_DEADLINE_S, only=[0])[0]
+            host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0])[0]
             self._ask(lambda rank: rank.rendezvous.remote(host, port), end - time.monotonic())
-            self._started = True
         self._ask(lambda rank: rank.begin.remote(task), end - time.monotonic())
+        self._started = True
 
     def next_report(self) -> RankReport | None:
         started = time.monotonic()
@@ -182,7 +187,7 @@ class RayWorkerGroup(WorkerGroup):
         for reference in ray.wait(list(pending), num_returns=len(pending), timeout=1.0)[0] if pending else []:
             try:
                 self._answer(reference, pending[reference])
-            except WorkerLostError as lost:
+            except (WorkerLostError, OutOfMemoryError) as lost:
                 return lost
             except TrialError:
                 continue
@@ -192,8 +197,12 @@ class RayWorkerGroup(WorkerGroup):
         try:
             return ray.get(reference)
         except RayTaskError as error:
-            raise TrialError(_with_log(str(error.cause), self._task, rank)) from None
+            kind = type(error.cause) if isinstance(error.cause, TrialError) else TrialError
+            raise kind(_with_log(str(error.cause), self._task, rank)) from None
         except (RayActorError, GetTimeoutError) as error:
+            if tells_of_memory(str(error)) or num_oom_kills() > self._num_oom_kills:
+                why = f"out of memory: rank {rank} was killed: {_one_line(error)}"
+                raise OutOfMemoryError(_with_log(why, self._task, rank)) from None
             raise WorkerLostError(_with_log(f"rank {rank} died: {_one_line(error)}", self._task, rank)) from None
 
 

@@ -63,7 +63,9 @@ def token() -> str | None:
     except FileNotFoundError:
         if named is None:
             return None
-        problem = Problem("RAY_AUTH_TOKEN_PATH", "names a file", f"no file {named}", "the file with the cluster's token")
+        problem = Problem(
+            "RAY_AUTH_TOKEN_PATH", "names a file", f"no file {named}", "the file with the cluster's token"
+        )
         raise AddressError(problem) from None
     except (OSError, UnicodeDecodeError) as error:
         raise AddressError(Problem(str(path), "can be read as a token", str(error), "a line of text")) from error

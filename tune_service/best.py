@@ -7,11 +7,11 @@ from pathlib import Path
 
 from trainables.checkpoint import MANIFEST, fsync_tree, write_json
 from trainables.errors import Problem
-from tune_service.errors import CommandError, OutputNotEmptyError
+from tune_service.errors import CommandError
 from tune_service.record import Record
 from tune_service.spec import StudySpec, dump_yaml, spec_for_trial
 from tune_service.status import BestTrial, StudyStatus
-from tune_service.storage import Storage
+from tune_service.storage import Storage, check_out
 from tune_service.study import stored_spec
 
 
@@ -43,14 +43,6 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
         expected = "a folder on a disk with room"
         raise CommandError(Problem("--out", "can be written", f"{type(error).__name__}: {error}", expected)) from error
     return status.best
-
-
-def check_out(out: Path) -> None:
-    """OutputNotEmptyError unless `out` is a new or an empty folder."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputNotEmptyError(
-            Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name")
-        )
 
 
 def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial, checkpoint: Path) -> None:

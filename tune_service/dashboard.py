@@ -67,7 +67,7 @@ class Dashboard:
         self.address = address
         host = urllib.parse.urlsplit(url).hostname or ""
         # A proxy that the environment names leads to the world outside, not to this machine's own ports.
-        proxies = {} if host in ("localhost", "127.0.0.1", "::1") else None
+        proxies: dict[str, str] | None = {} if host in ("localhost", "127.0.0.1", "::1") else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
     def ray_version(self) -> str:

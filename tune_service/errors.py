@@ -49,6 +49,14 @@ class RemoteError(UserError):
         self.document, self.code = dict(document), code
 
 
+class LeaseLostError(CommandError):
+    """Another process drives the study now: this one may write nothing more."""
+
+
+class StudyHaltedError(CommandError):
+    """The study cannot go on for now, and keeps all it has: `resume` goes on when the cause is gone."""
+
+
 def exit_code(error: BaseException) -> int:
     """What the process ends with: 2 for wrong input, 1 for a failure, 130 after Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):

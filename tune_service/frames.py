@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 
@@ -12,12 +11,13 @@ def encode(word: str, document: Any) -> str:
     return f"\n{word} {json.dumps(document, allow_nan=False)}\n"
 
 
-def decode(word: str, log: str, start: int) -> Iterator[tuple[Any, int]]:
-    """(document, end of its line) for each whole line of `log` from `start` on that is an answer."""
-    mark = f"\n{word} "
+def decode(word: str, log: str, start: int) -> tuple[list[Any], int]:
+    """(documents, where to go on) of the whole lines of `log` from `start` on that are answers."""
+    mark, documents = f"\n{word} ", []
     while (begin := log.find(mark, start)) != -1:
         end = log.find("\n", begin + len(mark))
         if end == -1:
-            return
-        yield json.loads(log[begin + len(mark) : end]), end
+            break
+        documents.append(json.loads(log[begin + len(mark) : end]))
         start = end
+    return documents, start

@@ -6,7 +6,6 @@ puts a link to the file there for as long as it is fetched.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tarfile
 import tempfile
@@ -20,7 +19,6 @@ from typing import Any
 
 from trainables.checkpoint import fsync_tree, sha256
 from trainables.errors import Problem
-from tune_service.best import export_best
 from tune_service.dashboard import Dashboard
 from tune_service.errors import CommandError
 from tune_service.storage import Storage
@@ -35,11 +33,13 @@ def exported(name: str, word: str, storage: Storage) -> Iterator[dict[str, Any]]
 
     The file is there as long as the block runs; SIGTERM ends that like an error does.
     """
+    from tune_service.best import export_best  # with Optuna, which a question from a laptop need not wait for
+
     _sweep(storage)
     signal(SIGTERM, _end)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=storage.root))
     # This process's output is the job's log, so that its folder is the one the dashboard hands files out of.
-    link = Path(os.readlink("/proc/self/fd/1")).parent / f"tune-service-{word}.tar"
+    link = Path("/proc/self/fd/1").readlink().parent / f"tune-service-{word}.tar"
     try:
         best = export_best(name, folder / "best", storage)
         package = folder / "best.tar"
@@ -66,9 +66,7 @@ def fetch(dashboard: Dashboard, node_id: str, found: Mapping[str, Any], out: Pat
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        digest = dashboard.patiently(
-            lambda: dashboard.download(node_id, found["file"], package, found["bytes"])
-        )
+        digest = dashboard.patiently(lambda: dashboard.download(node_id, found["file"], package, found["bytes"]))
         if digest != found["sha256"]:
             rule = "what arrives is what was sent, by its sha256"
             raise CommandError(Problem(found["file"], rule, digest, f"{found['sha256']}: try again"))

@@ -20,8 +20,9 @@ from trainables.errors import Problem, UserError
 from tune_service import __version__
 from tune_service.errors import CommandError, error_json, exit_code
 from tune_service.frames import encode
+from tune_service.status import StudyView
 from tune_service.storage import Storage
-from tune_service.studies import LocalStudies, StudyView, view_json
+from tune_service.studies import LocalStudies, view_json
 from tune_service.terminal import shown_stream
 
 ANSWER_S = 60.0

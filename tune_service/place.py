@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +26,16 @@ class Room(Protocol):
         """Why not even one trial of a study fits; empty when one does, or may later."""
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a study takes of its place, and could take."""
+
+    running: int
+    """Trials that hold room: those that run, and worker groups kept warm for the next."""
+    wants: int
+    """Trials that it could run now if there were room for all."""
+
+
 class Session(Protocol):
     """A Ray, for as long as one study runs."""
 
@@ -32,14 +44,18 @@ class Session(Protocol):
         """A folder for what Tune writes; nothing of it is read back."""
 
     @property
-    def supervisor_bundle(self) -> dict[str, float]:
+    def supervisor_bundle(self) -> Mapping[str, float]:
         """What a supervisor asks for, so that it lies where the study's folder is."""
 
-    def slots(self, holds: int, wants: int) -> int:
-        """How many trials the study may run at once by now, of which it runs `holds` and could run `wants`."""
+    @property
+    def root(self) -> Path | None:
+        """The folder that each rank finds a copy of as its working directory; None: it sees the folder itself."""
+
+    def slots(self, usage: Usage) -> int:
+        """How many trials the study may run at once by now."""
 
     def notice(self, waits: bool) -> str | None:
-        """What keeps trials waiting, in words, when some have been waiting; None: nothing to say."""
+        """What people should know of the place, above all why trials wait when they do; None: nothing to say."""
 
 
 class Place(Protocol):
@@ -49,9 +65,12 @@ class Place(Protocol):
     def room(self) -> Room: ...
 
     def settled(self, spec: StudySpec, folder: StudyFolder) -> StudySpec:
-        """The spec of a new study, with what it needs beside it in the study's folder where it came from far."""
+        """The spec of a new study, with what it came with in the study's folder."""
 
-    def session(self, spec: StudySpec, concurrent: int) -> AbstractContextManager[Session]:
+    def prepare(self, spec: StudySpec) -> None:
+        """Before anything imports Ray."""
+
+    def session(self, spec: StudySpec) -> AbstractContextManager[Session]:
         """Gets Ray ready. At its end nothing of the study is left in it."""
 
     def end_all(self) -> None:

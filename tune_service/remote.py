@@ -18,13 +18,13 @@ from typing import Any
 
 from trainables.errors import Problem, UserError
 from tune_service import __version__
-from tune_service.best import check_out
 from tune_service.dashboard import Dashboard, DashboardError, Job
 from tune_service.errors import CommandError, RemoteError, StudyExistsError, StudyRunningError
 from tune_service.frames import decode
 from tune_service.handover import fetch
-from tune_service.status import BestTrial, StudyStatus
-from tune_service.studies import Display, FarView, LogPiece, StudyRow, StudyView, status_of
+from tune_service.status import BestTrial, Display, StudyStatus, StudyView
+from tune_service.storage import check_out
+from tune_service.studies import FarView, LogPiece, StudyRow, status_of
 
 QUESTION = "question"
 STUDY = "study"
@@ -173,9 +173,11 @@ class RemoteStudies:
         began, position, pause_s = time.monotonic(), 0, POLL_S
         while True:
             asked = time.monotonic()
-            found = dashboard.patiently(lambda: dashboard.job(job))  # before the log: that is whole then if it has ended
+            # Before the log, which is whole then if the job has ended.
+            found = dashboard.patiently(lambda: dashboard.job(job))
             log = dashboard.patiently(lambda: dashboard.log(job)) if found and found.status != "PENDING" else ""
-            for document, position in decode(word, log, position):
+            documents, position = decode(word, log, position)
+            for document in documents:
                 if "version" in document:
                     self._compare(document["version"])
                 elif "failure" in document:

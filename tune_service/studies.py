@@ -11,41 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tune_service.errors import StorageError
-from tune_service.status import BestTrial, ObjectiveStatus, StudyState, StudyStatus, TrialStatus
+from tune_service.status import BestTrial, Display, StudyState, StudyStatus, StudyView, TrialStatus
 from tune_service.storage import Storage
 
 POLL_S = 0.5
-
-
-class StudyView(Protocol):
-    """A study at one moment, as a display needs it. A record is one."""
-
-    @property
-    def objective(self) -> ObjectiveStatus: ...
-
-    @property
-    def budget_trials(self) -> int: ...
-
-    @property
-    def baseline(self) -> float | None: ...
-
-    @property
-    def notice(self) -> str | None:
-        """What keeps the study waiting, in words; None: nothing does."""
-
-    def trials(self) -> list[TrialStatus]: ...
-
-    def status(self) -> StudyStatus: ...
-
-
-class Display(Protocol):
-    """Shows people how a study goes."""
-
-    def tell(self, line: str) -> None:
-        """One event worth a line."""
-
-    def show(self, view: StudyView) -> None:
-        """The state of things, called several times a second."""
 
 
 @dataclass(frozen=True)
