@@ -79,6 +79,7 @@ class ThisCluster:
     @contextmanager
     def session(self, spec: StudySpec) -> Iterator[ClusterSession]:
         scratch = Path(tempfile.mkdtemp(prefix="tune-"))
+        os.chdir(spec.folder)  # the job's own copy of it is Ray's, to put anew or away
         claims = Claims(self._session_dir / "tune-service", spec.name)
         try:
             yield ClusterSession(self, spec, scratch, claims)

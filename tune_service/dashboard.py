@@ -52,6 +52,9 @@ class Job:
     metadata: dict[str, str]
     node_id: str | None
     """Of the node that its entrypoint runs on."""
+    started_s: float
+    ended_s: float | None
+    """By the head's clock; None: it has not ended."""
 
     @property
     def has_ended(self) -> bool:
@@ -109,7 +112,13 @@ class Dashboard:
         """Puts a zip file where the nodes fetch it. Returns its URI."""
         data = package.read_bytes()
         name = f"_ray_pkg_{hashlib.sha256(data).hexdigest()[:32]}.zip"
-        self._request("PUT", f"/api/packages/gcs/{name}", data, timeout_s=600.0)
+        path = f"/api/packages/gcs/{name}"
+        try:
+            self._request("GET", path)  # also has the package kept for some minutes, until the job has begun
+        except DashboardError as error:
+            if error.status != 404:
+                raise
+            self._request("PUT", path, data, timeout_s=600.0)
         return f"gcs://{name}"
 
     def download(self, node_id: str, name: str, to: Path, num_bytes: int) -> str:
@@ -194,4 +203,6 @@ def _job(raw: dict[str, Any]) -> Job:
         message=str(raw.get("message") or ""),
         metadata=dict(raw.get("metadata") or {}),
         node_id=raw.get("driver_node_id"),
+        started_s=(raw.get("start_time") or 0) / 1000,
+        ended_s=raw["end_time"] / 1000 if raw.get("end_time") else None,
     )

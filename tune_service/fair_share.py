@@ -2,8 +2,8 @@
 
 The rule. A study's share is the part of the cluster that it may fill. Shares are dealt evenly; what one study has no
 use for goes to the others (max-min fairness). A study with more than its share starts no trial until it is within it
-again; no trial is ended for it. Where a study has no trial at all and the cluster has no room left for one, no study that has
-some starts another until it has got one: with more studies than slots they take turns.
+again; no trial is ended for it. Where a study has no trial at all and the cluster has no room left for one, no study
+that has some starts another until it has got one: with more studies than slots they take turns.
 
 Every driver is on the head. Each keeps a file there with what it takes and could take, locked as long as it lives.
 """

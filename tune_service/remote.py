@@ -29,7 +29,7 @@ from tune_service.studies import FarView, LogPiece, StudyRow, status_of
 QUESTION = "question"
 STUDY = "study"
 POLL_S = 0.1
-TIDY_S = 3.0
+SETTLED_S = 10.0
 QUEUE_S = 120.0
 """How long `submit` waits for the word that the study has begun. A busy head may take longer; the job stays."""
 
@@ -155,13 +155,15 @@ class RemoteStudies:
         job = f"{QUESTION}-{what}-{request['word']}"
         metadata = {QUESTION: f"{what} {arguments.get('study', '')}".strip()}
         self._dashboard.submit(job, _entrypoint(request), metadata)
-        wanted = True
+        is_answered = False
         try:
             yield from self._answers(request, job)
-            wanted = False
+            is_answered = True
         finally:
             with suppress(CommandError):
-                self._tidy(job, stop=wanted)
+                if not is_answered:
+                    self._dashboard.stop(job)  # nobody waits for the rest
+                self._tidy(job)
 
     def _request(self, what: str, **arguments: Any) -> dict[str, Any]:
         common = {"what": what, "word": secrets.token_hex(8), "version": __version__, "storage": self._storage}
@@ -198,16 +200,17 @@ class RemoteStudies:
         if version != __version__:
             print(f"this is tune-service {__version__}, the cluster has {version}", file=sys.stderr)
 
-    def _tidy(self, job: str, stop: bool) -> None:
-        """Questions leave no trace in the list of jobs. `stop`: nobody waits for the rest of the answer."""
-        if stop:
-            self._dashboard.stop(job)
-        end = time.monotonic() + TIDY_S
-        while (found := self._dashboard.job(job)) is not None and not found.has_ended:
-            if time.monotonic() > end:
-                return
-            time.sleep(POLL_S)
-        self._dashboard.delete(job)
+    def _tidy(self, job: str) -> None:
+        """Takes old questions off the list of jobs.
+
+        Not this one: Ray puts a job back as FAILED that is deleted in the seconds before its own monitor has seen the
+        job's end.
+        """
+        jobs = self._dashboard.jobs()
+        now_s = next((each.started_s for each in jobs if each.id == job), 0.0)
+        for each in jobs:
+            if QUESTION in each.metadata and each.ended_s is not None and each.ended_s < now_s - SETTLED_S:
+                self._dashboard.delete(each.id)
 
     def _silent(self, what: str, why: str) -> CommandError:
         rule = f"the head of {self._dashboard.address} answers `{what}`"
