@@ -12,7 +12,14 @@ import ray
 from ray import tune
 
 from trainables.checkpoint import CheckpointStore, Manifest
-from trainables.errors import CheckpointBudgetError, OutOfMemoryError, StorageUnavailableError, TrialError
+from trainables.errors import (
+    CheckpointBudgetError,
+    OutOfMemoryError,
+    StepDeadlineError,
+    StorageUnavailableError,
+    TrialError,
+    WorkerLostError,
+)
 from trainables.fault_points import fault_point
 from trainables.worker import START_DEADLINE_S, Task, storage_is_away
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
@@ -116,10 +123,20 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         latest = self._store.latest(self._task.number)
         if latest is None or latest.epoch < self._task.max_epochs:
             folder = self._store.folder(latest.trial, latest.epoch) if latest else None
-            self._group = self._group or self._new_group()
-            self._group.begin(replace(self._task, resume_from=str(folder) if folder else None))
+            self._begin_group(replace(self._task, resume_from=str(folder) if folder else None))
         self._begun = True
         return latest
+
+    def _begin_group(self, task: Task) -> None:
+        if self._group is not None:
+            try:
+                self._group.begin(task)
+            except (WorkerLostError, StepDeadlineError):  # lost since the trial before: no fault of this one
+                self._drop_group()
+            else:
+                return
+        self._group = self._new_group()
+        self._group.begin(task)
 
     def _result(self, epoch: int, metrics: dict[str, float], manifest: Manifest | None) -> dict[str, Any]:
         return {

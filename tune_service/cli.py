@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -318,16 +318,20 @@ def main() -> NoReturn:
 
 
 def _fail(error: BaseException, as_json: bool) -> NoReturn:
+    _print_failure(error, as_json, sys.stdout, sys.stderr)
+    sys.exit(exit_code(error))
+
+
+def _print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO) -> None:
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted; `tune-service resume` goes on", file=sys.stderr)
+        print("interrupted; `tune-service resume` goes on", file=err)
     if as_json:
-        _print_json(error_json(error))
+        print(json.dumps(error_json(error), allow_nan=False), file=out, flush=True)
     elif isinstance(error, UserError):
         for problem in error.problems:
-            print(f"error: {problem.place}: {problem.rule}", file=sys.stderr)
-            print(f"  found:    {problem.found}", file=sys.stderr)
-            print(f"  expected: {problem.expected}", file=sys.stderr)
-    sys.exit(exit_code(error))
+            print(f"error: {problem.place}: {problem.rule}", file=err)
+            print(f"  found:    {problem.found}", file=err)
+            print(f"  expected: {problem.expected}", file=err, flush=True)
 
 
 def _usage(error: Exception) -> str:
@@ -386,8 +390,14 @@ def _display(as_json: bool) -> Iterator[StudyDisplay]:
     from tune_service.live import StudyDisplay, console
     from tune_service.terminal import shown_stream
 
-    with shown_stream(2 if as_json else 1) as stream, StudyDisplay(console(stream)) as display:
-        yield display
+    with shown_stream(1) as out, shown_stream(2) as err:
+
+        def abort(error: BaseException) -> None:
+            _print_failure(error, as_json, out, err)
+            os._exit(exit_code(error))
+
+        with StudyDisplay(console(err if as_json else out), abort) as display:
+            yield display
 
 
 def _print_end(found: StudyStatus, as_json: bool) -> None:

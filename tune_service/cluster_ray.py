@@ -6,10 +6,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIGKILL
 from typing import Any
 
 from tune_service.autoscaler import cluster_file, kinds_in, troubles
@@ -77,7 +76,7 @@ class ThisCluster:
         """Nothing: Ray was joined before."""
 
     @contextmanager
-    def session(self, spec: StudySpec) -> Iterator[ClusterSession]:
+    def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> Iterator[ClusterSession]:
         scratch = Path(tempfile.mkdtemp(prefix="tune-"))
         os.chdir(spec.folder)  # the job's own copy of it is Ray's, to put anew or away
         claims = Claims(self._session_dir / "tune-service", spec.name)
@@ -88,8 +87,7 @@ class ThisCluster:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def end_all(self) -> None:
-        """Ends this process at once: all that it waits for is the job's, and ends with it."""
-        os.kill(os.getpid(), SIGKILL)
+        """Nothing: what this process waits for is the job's, and ends with it."""
 
 
 class ClusterSession:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune_service.cluster_ray import joined
+from tune_service.errors import exit_code
 from tune_service.live import StudyDisplay, console
 from tune_service.parcel import SPEC
 from tune_service.spec import parse_spec
@@ -52,6 +54,10 @@ class _JobDisplay:
 
     def tell(self, line: str) -> None:
         self._display.tell(line)
+
+    def abort(self, error: BaseException) -> None:
+        self._answer.fail(error)
+        os._exit(exit_code(error))
 
     def show(self, view: StudyView) -> None:
         if not self._has_begun:

@@ -41,6 +41,10 @@ class Answer:
         self._stream.write(encode(self._word, document))
         self._stream.flush()
 
+    def fail(self, error: BaseException) -> None:
+        """Why there is no answer, as the command there would say it."""
+        self.send({"failure": error_json(error), "code": exit_code(error)})
+
 
 def main() -> None:
     """The program: `python -m tune_service.head REQUEST`, a JSON document."""
@@ -52,7 +56,7 @@ def main() -> None:
             _same_version(request)
             QUESTIONS[request["what"]](request, storage_of(request), answer)
         except BaseException as error:
-            answer.send({"failure": error_json(error), "code": exit_code(error)})
+            answer.fail(error)
             if not isinstance(error, UserError | KeyboardInterrupt):
                 raise
             sys.exit(exit_code(error))

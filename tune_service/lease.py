@@ -24,7 +24,9 @@ BEAT_S = 1.0
 SILENT_S = 15.0
 """Without a beat for so long, a holder may be gone; whoever wants to drive the study then may."""
 STUCK_S = 60.0
-"""Without a sign of the holder's main loop for so long, the beats end and what the loop waits for is ended."""
+"""Without a sign of the holder's main loop for so long, the beats end, and the holder is told."""
+STARTING_S = 300.0
+"""The same for the time before its first round: a cold start of Ray on a busy machine."""
 
 
 class Lease:
@@ -55,13 +57,14 @@ class Lease:
         os.close(self._descriptor)
 
     def sign_of_life(self) -> None:
-        """The holder's main loop goes round: to be called several times a minute."""
+        """The holder's main loop goes round: to be called several times a minute. LeaseLostError when it need not."""
         self._sign = time.monotonic()
+        self.check()
 
     @contextmanager
-    def beating(self, on_stuck: Callable[[], None]) -> Iterator[None]:
-        """Beats, in a thread, as long as there are signs of life. Without them calls `on_stuck`, once."""
-        self.sign_of_life()
+    def beating(self, on_stuck: Callable[[str], None]) -> Iterator[None]:
+        """Beats, in a thread, as long as there are signs of life. Without them calls `on_stuck` with what is wrong."""
+        self._sign = time.monotonic() + STARTING_S - STUCK_S
         end = threading.Event()
         thread = threading.Thread(target=self._beat, args=(end, on_stuck), name="lease", daemon=True)
         thread.start()
@@ -71,7 +74,7 @@ class Lease:
             end.set()
             thread.join()
 
-    def _beat(self, end: threading.Event, on_stuck: Callable[[], None]) -> None:
+    def _beat(self, end: threading.Event, on_stuck: Callable[[str], None]) -> None:
         before, is_stuck = time.monotonic(), False
         while not end.wait(BEAT_S):
             now = time.monotonic()
@@ -82,7 +85,7 @@ class Lease:
                 os.utime(self._descriptor)
             elif not is_stuck:
                 is_stuck = True
-                on_stuck()
+                on_stuck(f"the driver has been stuck for {STUCK_S:.0f} s")
 
 
 def is_held(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TextIO
@@ -38,8 +38,10 @@ def console(stream: TextIO) -> Console:
 class StudyDisplay:
     """Shows a running study on `console`; in a terminal as a table that stays in place."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, abort: Callable[[BaseException], None] | None = None) -> None:
+        """`abort` says why and ends the process at once; whoever only looks on needs none."""
         self._console = console
+        self._abort = abort
         self._live = _live(console) if console.is_terminal else None
         self._next = 0.0
         self._began = time.monotonic()
@@ -60,6 +62,14 @@ class StudyDisplay:
     def tell(self, line: str) -> None:
         with _reader_may_be_gone():
             self._print(line, style="yellow")
+
+    def abort(self, error: BaseException) -> None:
+        """Ends this process, from any of its threads: its main one hangs where no exception reaches it."""
+        if self._live is not None:
+            with _reader_may_be_gone():
+                self._live.stop()
+        assert self._abort is not None, "whoever drives a study can end it"
+        self._abort(error)
 
     def show(self, view: StudyView) -> None:
         now = time.monotonic()

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 import psutil
 
-from tune_service.machine import this_machine
-from tune_service.place import Usage
-from tune_service.spec import StudySpec
-from tune_service.storage import StudyFolder
-
+PR_SET_CHILD_SUBREAPER = 36
+LOOK_S = 1.0
+STOPPED_S = 20.0
+"""Ray's servers may stand still for so long (SIGSTOP) before the study is ended for it."""
 TUNE_ENVIRONMENT = {
     # The record has every result; Tune's own loggers and state files would cost time and disk.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -30,7 +31,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # A supervisor that was told to stop and does not is killed after this many seconds.
     "TUNE_FORCE_TRIAL_CLEANUP_S": "20",
-    # How many trials may wait: those that were handed out, which the study itself keeps few.
+    # How many trials may wait for room: as many as the study hands out.
     "TUNE_MAX_PENDING_TRIALS_PG": "1000",
 }
 ENVIRONMENT = TUNE_ENVIRONMENT | {
@@ -54,12 +55,17 @@ def prepare_environment(concurrent: int) -> None:
 
 
 @contextmanager
-def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
-    """Starts Ray; yields a scratch folder. At the end every process that it started is gone."""
+def local_ray(cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], None]) -> Iterator[Path]:
+    """Starts Ray; yields a scratch folder. At the end every process that it started is gone.
+
+    `on_lost` is called, in a thread, with what is wrong when Ray itself has died or hangs: whatever the caller waits
+    for then, it waits a minute for and is ended by Ray, without a word.
+    """
     import ray
 
-    scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=_scratch_root()))
+    _adopt_orphans()
     others = set(psutil.Process().children(recursive=True))
+    scratch, lock = _make_scratch(Path(_scratch_root()))
     try:
         with own_answer_to_sigterm():
             ray.init(
@@ -72,7 +78,8 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
                 object_store_memory=100_000_000,
                 _temp_dir=str(scratch),
             )
-        yield scratch
+        with _watched(on_lost):
+            yield scratch
     finally:
         with undisturbed():
             processes = set(psutil.Process().children(recursive=True)) - others
@@ -82,46 +89,58 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
                 process.kill()
             psutil.wait_procs(alive, timeout=5)
             shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
 
 
-class ThisMachine:
-    """The place where a study runs when nobody names another: a Ray of its own here."""
-
-    def __init__(self) -> None:
-        self.room = this_machine()
-
-    def settled(self, spec: StudySpec, folder: StudyFolder) -> StudySpec:
-        return spec
-
-    def prepare(self, spec: StudySpec) -> None:
-        prepare_environment(self._concurrent(spec))
-
-    @contextmanager
-    def session(self, spec: StudySpec) -> Iterator[LocalSession]:
-        with local_ray(self.room.cpus, self.room.gpus, namespace=spec.name) as scratch:
-            yield LocalSession(scratch, self._concurrent(spec))
-
-    def end_all(self) -> None:
-        end_children()
-
-    def _concurrent(self, spec: StudySpec) -> int:
-        return self.room.fit(spec.resources, spec.budget.concurrent_trials)
+def _make_scratch(root: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor of its lock file. Removes those whose owner was killed: nobody locks them."""
+    for lock in root.glob("tune-*/.lock"):
+        with contextlib.suppress(OSError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
+    unlocked = scratch / ".lock.new"
+    descriptor = os.open(unlocked, os.O_WRONLY | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    unlocked.rename(scratch / ".lock")
+    return scratch, descriptor
 
 
-@dataclass(frozen=True)
-class LocalSession:
-    """A Ray that serves one study: it has all of it, and nothing to wait for."""
+@contextmanager
+def _watched(on_lost: Callable[[str], None]) -> Iterator[None]:
+    """Looks every second whether Ray's two servers live."""
+    servers = [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]
+    end = threading.Event()
 
-    scratch: Path
-    concurrent: int
-    supervisor_bundle: Mapping[str, float] = field(default_factory=dict)
-    root: Path | None = None
+    def look() -> None:
+        stopped_s = 0.0
+        while not end.wait(LOOK_S):
+            states = {server.name(): _state(server) for server in servers}
+            gone = [name for name, state in states.items() if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
+            stopped_s = stopped_s + LOOK_S if psutil.STATUS_STOPPED in states.values() else 0.0
+            if (gone or stopped_s > STOPPED_S) and not end.is_set():
+                on_lost(f"Ray's {', '.join(gone)} died" if gone else f"Ray was stopped for {stopped_s:.0f} s")
+                return
 
-    def slots(self, usage: Usage) -> int:
-        return self.concurrent
+    thread = threading.Thread(target=look, name="ray-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
-    def notice(self, waits: bool) -> str | None:
-        return None
+
+def _state(process: psutil.Process) -> str:
+    try:
+        return str(process.status())
+    except psutil.NoSuchProcess:
+        return str(psutil.STATUS_DEAD)
+
+
+def _adopt_orphans() -> None:
+    """What Ray's processes leave behind when they are killed becomes this process's child, and is ended with them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_children() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +70,8 @@ class Place(Protocol):
     def prepare(self, spec: StudySpec) -> None:
         """Before anything imports Ray."""
 
-    def session(self, spec: StudySpec) -> AbstractContextManager[Session]:
-        """Gets Ray ready. At its end nothing of the study is left in it."""
+    def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> AbstractContextManager[Session]:
+        """Gets Ray ready. At its end nothing of the study is left in it. `on_lost` is called when Ray itself is gone."""
 
     def end_all(self) -> None:
-        """Ends every process that this one waits for, frozen or not."""
+        """Ends every process of this machine that this one waits for, frozen or not."""

@@ -99,6 +99,9 @@ class Display(Protocol):
     def show(self, view: StudyView) -> None:
         """The state of things, called several times a second."""
 
+    def abort(self, error: BaseException) -> None:
+        """Ends this process at once, from whatever thread, and says why."""
+
 
 def best_report(trial: TrialStatus, objective: ObjectiveStatus) -> EpochReport | None:
     """The report with the best finite objective; the earliest of equals. None when there is none."""

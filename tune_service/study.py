@@ -9,12 +9,11 @@ from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
 from typing import Any
 
-from trainables.errors import Problem
+from trainables.errors import Problem, StorageUnavailableError
 from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import CommandError, LeaseLostError, SpecError, StudyHaltedError, StudyRunningError
 from tune_service.lease import Lease
-from tune_service.local_ray import ThisMachine
 from tune_service.place import Place
 from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler
@@ -22,6 +21,7 @@ from tune_service.spec import StudySpec, parse_spec
 from tune_service.status import Display, StudyStatus
 from tune_service.storage import Storage, StudyFolder, remove
 from tune_service.terminal import output_to
+from tune_service.this_machine import ThisMachine
 
 STOP_PATIENCE_S = 3600.0
 
@@ -123,20 +123,24 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
         lease.sign_of_life()
         display.show(record)
 
+    def abort(why: str) -> None:
+        place.end_all()
+        display.abort(_halted(spec.name, "Ray runs as long as its study", why))
+
     reason = USER_STOP
     try:
-        with _terminate_as_interrupt(), output_to(folder.driver_log), lease.beating(place.end_all):
-            run_trials(spec, folder, driver, lease.identity, place, tick)
+        with _terminate_as_interrupt(), output_to(folder.driver_log), lease.beating(abort):
+            run_trials(spec, folder, driver, lease.identity, place, tick, abort)
         if driver.halted is not None:
-            raise _halted(spec.name, driver.halted)
+            raise StorageUnavailableError(driver.halted)
         if record.failure is not None:
             reason = "the study failed"
     except BaseException as error:
         lease.check()
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
         reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {what}"
-        if storage_is_away(error):
-            raise _halted(spec.name, what) from error
+        if isinstance(error, StorageUnavailableError) or storage_is_away(error):
+            raise _halted(spec.name, "a study's storage takes what it writes", what) from error
         raise
     finally:
         _put_in_line(record, reason, display)
@@ -151,9 +155,8 @@ def _put_in_line(record: Record, reason: str, display: Display) -> None:
     display.show(record)
 
 
-def _halted(name: str, why: str) -> StudyHaltedError:
-    expected = f"a storage with room that can be written, then `tune-service resume {name}`"
-    return StudyHaltedError(Problem(name, "a study's storage takes what it writes", why, expected))
+def _halted(name: str, rule: str, found: str) -> StudyHaltedError:
+    return StudyHaltedError(Problem(name, rule, found, f"`tune-service resume {name}` when that is put right"))
 
 
 @contextmanager

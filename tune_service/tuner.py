@@ -32,13 +32,17 @@ def run_trials(
     lease: tuple[str, int],
     place: Place,
     tick: Callable[[], None],
+    on_lost: Callable[[str], None],
 ) -> None:
-    """Runs the study's trials at `place` until the driver has no more. `tick` is called several times a second."""
+    """Runs the study's trials at `place` until the driver has no more.
+
+    `tick` is called several times a second; `on_lost` when Ray is lost.
+    """
     resources = spec.resources
     bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
-    with place.session(spec) as session:
+    with place.session(spec, on_lost) as session:
         # The first bundle is the supervisor's, which costs nothing; where it is empty, Tune leaves it out of the
         # placement group.
         first = dict(session.supervisor_bundle)
