@@ -24,8 +24,11 @@ FORBIDDEN = {
 ONLY_IN = {
     "colossalai": {"trainables/parallel.py"},
     "ray": {
+        "trainables/rank_actor.py",
         "trainables/trial.py",
         "trainables/worker_group.py",
+        "tune_service/autoscaler.py",
+        "tune_service/cluster_ray.py",
         "tune_service/local_ray.py",
         "tune_service/tuner.py",
     },
@@ -48,6 +51,8 @@ LIGHT = (
     "tune_service.spec",
     "tune_service.machine",
     "tune_service.cli",
+    "tune_service.remote",
+    "tune_service.submit",
 )
 """Modules that load neither torch nor ray: a spec is checked, and a command answers, before anything heavy loads."""
 

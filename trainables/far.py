@@ -68,9 +68,8 @@ class FarFiles:
     def listing(self, name: str) -> list[tuple[str, int]]:
         """(path inside, bytes) of every file of a folder."""
         root = self.folder(name)
-        return [
-            (str(path.relative_to(root)), path.stat().st_size) for path in sorted(root.rglob("*")) if path.is_file()
-        ]
+        paths = (path for path in sorted(root.rglob("*")) if path.is_file())
+        return [(str(path.relative_to(root)), path.stat().st_size) for path in paths]
 
     def read(self, name: str, path: str, offset: int) -> bytes:
         with (self.folder(name) / path).open("rb") as file:

@@ -71,7 +71,10 @@ class Place(Protocol):
         """Before anything imports Ray."""
 
     def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> AbstractContextManager[Session]:
-        """Gets Ray ready. At its end nothing of the study is left in it. `on_lost` is called when Ray itself is gone."""
+        """Gets Ray ready. At its end nothing of the study is left in it.
+
+        `on_lost` is called when a Ray of the study's own is gone.
+        """
 
     def end_all(self) -> None:
         """Ends every process of this machine that this one waits for, frozen or not."""
