@@ -30,6 +30,7 @@ ONLY_IN = {
         "tune_service/autoscaler.py",
         "tune_service/cluster_ray.py",
         "tune_service/local_ray.py",
+        "tune_service/metrics.py",
         "tune_service/tuner.py",
     },
     "torch": {
