@@ -17,7 +17,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from tune_service.driver import GIB, STOP_POLL_S, USER_STOP, Driver
+from trainables.checkpoint import GIB
+from tune_service.driver import STOP_POLL_S, USER_STOP, Driver
 from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler
 from tune_service.spec import StudySpec, parse_spec

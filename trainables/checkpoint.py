@@ -5,6 +5,8 @@ The only file that knows where a checkpoint lies. Nothing in a checkpoint is a p
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -15,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainables.errors import CheckpointError
+from trainables.errors import CheckpointBudgetError, CheckpointError
+from trainables.fault_points import fault_point
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+GIB = 1024**3
+RECORD_ROOM_BYTES = 1_000_000
+"""Left free beside a checkpoint, so that the record still has room to say how it went."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,51 @@ class Manifest:
 class CheckpointStore:
     """The checkpoints of one study, `ROOT/trial-00003/epoch-0002/`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, budget_bytes: int | None = None, lease: tuple[str, int] | None = None) -> None:
+        """With `lease`, the driver's, nothing is committed any more once another driver has taken the study over."""
         self.root = root
+        self._budget_bytes = budget_bytes
+        self._lease = lease
+
+    def check_room(self, trial: int) -> None:
+        """Before a checkpoint is written: is there room for one like those that there are?
+
+        Raises OSError (ENOSPC) when the disk has none, CheckpointBudgetError when the study's budget has none.
+        """
+        sizes = [self.num_bytes(number, epoch) for number, epochs in self.kept().items() for epoch in epochs]
+        own = [self.num_bytes(trial, epoch) for epoch in self.epochs(trial)]
+        expected = max(own or sizes, default=0)
+        self._check_budget(expected)
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if free < expected + RECORD_ROOM_BYTES:
+            found = f"{free / 1e6:.1f} MB free at {self.root}, a checkpoint takes {expected / 1e6:.1f} MB"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {found}")
+
+    def _check_budget(self, more_bytes: int) -> None:
+        used = self.total_bytes()
+        if self._budget_bytes is not None and used + more_bytes > self._budget_bytes:
+            raise CheckpointBudgetError(
+                f"checkpoints.budget_gib is too small: {used / GIB:.4g} GiB are in use and must be kept, one more "
+                f"checkpoint makes {(used + more_bytes) / GIB:.4g}, the budget is {self._budget_bytes / GIB:.4g}"
+            )
+
+    def total_bytes(self) -> int:
+        """All that lies in the store, unfinished checkpoints too."""
+        sizes = 0
+        for path in self.root.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # the driver deletes what is needed no more
+                sizes += path.stat().st_size if path.is_file() else 0
+        return sizes
 
     def folder(self, trial: int, epoch: int) -> Path:
         return self.root / f"trial-{trial:05d}" / f"epoch-{epoch:04d}"
 
     def stage(self, trial: int, epoch: int) -> Path:
-        """An empty folder to write the checkpoint into. What a killed writer left there is removed."""
+        """An empty folder to write the checkpoint into. What killed writers of this trial left is removed."""
         staging = self._staging(trial, epoch)
-        shutil.rmtree(staging, ignore_errors=True)
+        for leftover in staging.parent.glob(".staging-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir(parents=True)
         return staging
 
@@ -85,7 +126,11 @@ class CheckpointStore:
         staging, final = self._staging(trial, epoch), self.folder(trial, epoch)
         manifest = Manifest(trial, epoch, finite_or_none(metrics), sizes_and_hashes(staging))
         write_json(staging / MANIFEST, manifest.to_json())
+        self._check_budget(0)
         fsync_tree(staging)
+        fault_point(f"committing-{trial}-{epoch}")
+        if self._lease is not None and not lease_holds(self._lease):
+            raise CheckpointError(f"{staging}: another driver has taken the study over")
         if final.exists():
             self.delete(trial, epoch)
         staging.replace(final)
@@ -135,8 +180,21 @@ class CheckpointStore:
             for leftover in self.root.glob(f"trial-*/{pattern}"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
+    def discard(self, trial: int, epoch: int) -> None:
+        """Drops a staged checkpoint that will not be committed."""
+        shutil.rmtree(self._staging(trial, epoch), ignore_errors=True)
+
     def _staging(self, trial: int, epoch: int) -> Path:
         return self.folder(trial, epoch).with_name(f".staging-epoch-{epoch:04d}")
+
+
+def lease_holds(lease: tuple[str, int]) -> bool:
+    """Whether the driver's lock file, (path, inode), is still the one at that path."""
+    path, inode = lease
+    try:
+        return Path(path).stat().st_ino == inode
+    except FileNotFoundError:
+        return False
 
 
 def verify(folder: Path, deep: bool = True) -> bool:

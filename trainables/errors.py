@@ -55,6 +55,18 @@ class TrialError(Exception):
     """A trial cannot go on: a rank raised, died or went silent. The message ends with the rank's last log lines."""
 
 
+class OutOfMemoryError(TrialError):
+    """A rank needed more memory than there is. To try the same again would end the same."""
+
+
+class StorageUnavailableError(TrialError):
+    """The study's storage takes nothing: it is full, or read-only, or away. The trial is not to blame."""
+
+
+class CheckpointBudgetError(TrialError):
+    """A checkpoint does not fit into the study's budget beside what must be kept."""
+
+
 class WorkerLostError(TrialError):
     """A rank's process is gone."""
 

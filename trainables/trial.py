@@ -12,8 +12,16 @@ import ray
 from ray import tune
 
 from trainables.checkpoint import CheckpointStore, Manifest
-from trainables.errors import TrialError
-from trainables.worker import START_DEADLINE_S, Task
+from trainables.errors import (
+    CheckpointBudgetError,
+    OutOfMemoryError,
+    StepDeadlineError,
+    StorageUnavailableError,
+    TrialError,
+    WorkerLostError,
+)
+from trainables.fault_points import fault_point
+from trainables.worker import START_DEADLINE_S, Task, storage_is_away
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
 
 
@@ -26,6 +34,8 @@ class GroupShape:
     cpus_per_worker: float
     gpus_per_worker: float
     step_timeout_s: float | None
+    first_bundle: int = 0
+    """Of the placement group, that is a rank's: the supervisor's own comes before it where it is not empty."""
 
 
 class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
@@ -34,8 +44,9 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     on.
 
     A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `checkpoint_bytes` (None: none was saved)
-    and `finished`; or, without a report, `finished` alone; or `failure`; and always `number` and `next_within_s`, the
-    time until the next result is overdue.
+    and `finished`; or, without a report, `finished` alone; or `failure`, with `fault` (storage, budget, memory) where
+    the cause is known and `micro_batch_size` where it begins again with that; and always `number` and `next_within_s`,
+    the time until the next result is overdue.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -47,27 +58,39 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next trial. Does nothing that can fail: Tune would not restart a trial that failed here."""
         self._task = Task(**new_config["task"])
-        self._store = CheckpointStore(Path(self._task.checkpoints))
+        self._store = CheckpointStore(Path(self._task.checkpoints), self._task.budget_bytes, self._task.lease)
         self._begun = False
+        fault_point(f"resetting-{self._task.number}")
         return True
 
     def step(self) -> dict[str, Any]:
         try:
             result = self._next_result()
         except TrialError as error:
-            result = self._failure(str(error))
+            result = self._failure(str(error), error)
         except Exception as error:  # a full disk; or a fault of ours, which then has its reason in the record
             traceback.print_exc()
-            result = self._failure(f"the supervisor raised {type(error).__name__}: {error}")
+            result = self._failure(f"the supervisor raised {type(error).__name__}: {error}", error)
         return result | {"number": self._task.number, "next_within_s": self._next_within_s()}
 
     def cleanup(self) -> None:
         self._drop_group()
 
-    def _failure(self, reason: str) -> dict[str, Any]:
+    def _failure(self, reason: str, error: Exception) -> dict[str, Any]:
         self._begun = False
         self._drop_group()
-        return {"failure": reason}
+        result: dict[str, Any] = {"failure": reason}
+        if isinstance(error, StorageUnavailableError) or (isinstance(error, OSError) and storage_is_away(error)):
+            result["fault"] = "storage"
+        elif isinstance(error, CheckpointBudgetError):
+            result["fault"] = "budget"
+        elif isinstance(error, OutOfMemoryError):
+            result["fault"] = "memory"
+            smaller = halved(self._task, self._shape.workers) if self._task.shrinks else None
+            if smaller is not None:
+                self._task = smaller
+                result["micro_batch_size"] = smaller.settings["training"]["micro_batch_size"]
+        return result
 
     def _next_result(self) -> dict[str, Any]:
         if not self._begun:
@@ -82,19 +105,38 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             return {"finished": True}
         manifest = None
         if report.saves:
-            self._group.save(self._store.stage(self._task.number, report.epoch))
-            manifest = self._store.commit(self._task.number, report.epoch, report.metrics)
+            manifest = self._save(self._group, report.epoch, report.metrics)
         return self._result(report.epoch, report.metrics, manifest)
+
+    def _save(self, group: WorkerGroup, epoch: int, metrics: dict[str, float]) -> Manifest:
+        number = self._task.number
+        self._store.check_room(number)
+        try:
+            group.save(self._store.stage(number, epoch))
+            return self._store.commit(number, epoch, metrics)
+        except Exception:
+            self._store.discard(number, epoch)  # half a checkpoint takes the room that the record needs
+            raise
 
     def _begin(self) -> Manifest | None:
         """Gets the ranks ready, after the trial's last checkpoint if it has one, which is returned."""
         latest = self._store.latest(self._task.number)
         if latest is None or latest.epoch < self._task.max_epochs:
             folder = self._store.folder(latest.trial, latest.epoch) if latest else None
-            self._group = self._group or self._new_group()
-            self._group.begin(replace(self._task, resume_from=str(folder) if folder else None))
+            self._begin_group(replace(self._task, resume_from=str(folder) if folder else None))
         self._begun = True
         return latest
+
+    def _begin_group(self, task: Task) -> None:
+        if self._group is not None:
+            try:
+                self._group.begin(task)
+            except (WorkerLostError, StepDeadlineError):  # lost since the trial before: no fault of this one
+                self._drop_group()
+            else:
+                return
+        self._group = self._new_group()
+        self._group.begin(task)
 
     def _result(self, epoch: int, metrics: dict[str, float], manifest: Manifest | None) -> dict[str, Any]:
         return {
@@ -117,6 +159,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             shape.gpus_per_worker,
             ray.util.get_current_placement_group(),
             self._deadline,
+            shape.first_bundle,
         )
 
     def _drop_group(self) -> None:
@@ -127,3 +170,13 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
 def _floats(metrics: dict[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def halved(task: Task, workers: int) -> Task | None:
+    """The trial with half the micro batch, at the same global batch; None when there is nothing left to halve."""
+    training = task.settings.get("training", {})
+    rank_rows = -(-training["batch_size"] // workers) if training else 1
+    size = min(training.get("micro_batch_size") or rank_rows, rank_rows)
+    if size <= 1:
+        return None
+    return replace(task, settings=task.settings | {"training": training | {"micro_batch_size": size // 2}})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import re
 import socket
 import sys
 import traceback
@@ -12,7 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainables.errors import Problem, TrainableError, TrialError
+from trainables.errors import (
+    OutOfMemoryError,
+    Problem,
+    StorageUnavailableError,
+    TrainableError,
+    TrialError,
+)
+from trainables.memory import is_out_of_memory
 from trainables.report import Context, Report, Trainable
 
 START_DEADLINE_S = 15 * 60.0
@@ -37,6 +46,12 @@ class Task:
     """Folder of the log files, one a trial and rank."""
     checkpoints: str
     """Root of the study's checkpoint store."""
+    budget_bytes: int | None = None
+    """Of all the study's checkpoints."""
+    lease: tuple[str, int] | None = None
+    """(path, inode) of the driver's lock file: while that path is that file, this is the study's one driver's trial."""
+    shrinks: bool = False
+    """Out of memory, it is tried again with half the micro batch."""
     settings: dict[str, Any] = field(default_factory=dict)
     import_path: str | None = None
     """Folder beside the spec file, where a trainable of the user's own may lie."""
@@ -80,7 +95,8 @@ class RankWorker:
     def begin(self, task: Task) -> None:
         """Leaves the trial before and gets ready for this one: log file, import, generator. Trains nothing yet."""
         self.end()
-        _log_to(task.log_file(self._rank))
+        with _plain_errors(self._rank, writes=True):
+            _log_to(task.log_file(self._rank))
         with _plain_errors(self._rank):
             trainable = resolve(task.trainable, task.import_path)
             context = Context(
@@ -108,7 +124,7 @@ class RankWorker:
     def save(self, folder: str) -> None:
         """Writes this rank's part of the last report's checkpoint; nothing when its report has no `save`."""
         assert self._report is not None, "a report comes first"
-        with _plain_errors(self._rank):
+        with _plain_errors(self._rank, writes=True):
             if self._report.save is not None:
                 self._report.save(Path(folder))
 
@@ -177,8 +193,8 @@ def _log_to(path: Path) -> None:
 class _plain_errors:  # noqa: N801  (reads as a statement)
     """Turns any exception into a TrialError of text alone: the driver need not have the class to unpickle it."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, writes: bool = False) -> None:
+        self._rank, self._writes = rank, writes
 
     def __enter__(self) -> None:
         return None
@@ -191,4 +207,22 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
                 text = str(error).strip()
             except Exception:
                 text = ""  # the traceback in the log says as much
-            raise TrialError(f"rank {self._rank} raised {type(error).__name__}{': ' if text else ''}{text}") from None
+            said = f"{type(error).__name__}{': ' if text else ''}{text}"
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(f"out of memory: rank {self._rank} raised {said}") from None
+            if self._writes and storage_is_away(error):
+                raise StorageUnavailableError(f"rank {self._rank} could not write: {said}") from None
+            raise TrialError(f"rank {self._rank} raised {said}") from None
+
+
+def storage_is_away(error: BaseException) -> bool:
+    """Whether a write failed for a reason that lies with the disk and not with what was written.
+
+    By the words too: libraries in other languages hand on the system's message in an error of their own.
+    """
+    found = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)
+    number = error.errno if isinstance(error, OSError) else int(found[1] or found[2]) if found else None
+    return number in _STORAGE_ERRORS or any(os.strerror(each) in str(error) for each in _STORAGE_ERRORS)
+
+
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)

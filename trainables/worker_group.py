@@ -5,21 +5,26 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from trainables.errors import StepDeadlineError, TrialError, WorkerLostError
+from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
+from trainables.far import fetch, marked, send
+from trainables.memory import num_oom_kills, tells_of_memory
+from trainables.rank_actor import RankActor
 from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail
 
 STEP_DEADLINE_MIN_S = 60.0
 STEP_DEADLINE_FACTOR = 5.0
+LAST_WORDS_S = 5.0
+"""How long a rank that failed may take to hand over the end of its log."""
 
 
 @dataclass
@@ -91,7 +96,7 @@ class InProcessWorkerGroup(WorkerGroup):
         try:
             yield
         except TrialError as error:
-            raise TrialError(_with_log(str(error), self._task, 0)) from error
+            raise type(error)(_with_log(str(error), self._task, 0)) from error
 
 
 class RayWorkerGroup(WorkerGroup):
@@ -105,30 +110,50 @@ class RayWorkerGroup(WorkerGroup):
         gpus_per_worker: float,
         placement_group: PlacementGroup,
         deadline: StepDeadline,
+        first_bundle: int = 0,
     ) -> None:
         self._deadline = deadline
         self._task: Task | None = None
-        actor_class = ray.remote(_RankActor)
+        actor_class = ray.remote(RankActor)
         self._ranks: list[Any] = [
             actor_class.options(
                 name=_free_name(f"{name} rank {rank}"),
                 num_cpus=cpus_per_worker,
                 num_gpus=gpus_per_worker,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, first_bundle + rank),
                 max_restarts=0,
             ).remote(rank, workers, gpus_per_worker > 0)
             for rank in range(workers)
         ]
+        self._far: list[int] = []
+        """Ranks whose node does not see the study's folder."""
         self._started = False
+        self._num_oom_kills = num_oom_kills()
 
     def begin(self, task: Task) -> None:
         self._task = task
-        end = time.monotonic() + START_DEADLINE_S
+        # A warm group has nothing to start and to import.
+        deadline_s = self._deadline.seconds if self._started else START_DEADLINE_S
+        end = time.monotonic() + deadline_s
+        self._meet(task, end)
         if not self._started:
-            host, port = self._ask(lambda rank: rank.endpoint.remote(), START_DEADLINE_S, only=[0])[0]
+            host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0])[0]
             self._ask(lambda rank: rank.rendezvous.remote(host, port), end - time.monotonic())
-            self._started = True
         self._ask(lambda rank: rank.begin.remote(task), end - time.monotonic())
+        self._fetch_logs()
+        self._started = True
+
+    def _meet(self, task: Task, end: float) -> None:
+        """Finds out which ranks see the study's folder, and takes to the others what the trial goes on from."""
+        with marked(Path(task.logs)) as mark:
+            seen = self._ask(lambda rank: rank.look.remote(mark), end - time.monotonic())
+        self._far = [rank for rank, sees in enumerate(seen) if not sees]
+        for far in self._far if task.resume_from else ():
+
+            def write(path: str, data: bytes, far: int = far) -> None:
+                self._ask(lambda rank: rank.write_resume.remote(path, data), START_DEADLINE_S, only=[far])
+
+            send(write, Path(str(task.resume_from)))
 
     def next_report(self) -> RankReport | None:
         started = time.monotonic()
@@ -137,12 +162,41 @@ class RayWorkerGroup(WorkerGroup):
         if len(set(epochs)) > 1:
             raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
         self._deadline.saw(time.monotonic() - started)
+        self._fetch_logs()
         first: RankReport | None = reports[0]
         # Often rank 0 alone has something to save.
         return first and replace(first, saves=any(report.saves for report in reports))
 
     def save(self, folder: Path) -> None:
-        self._ask(lambda rank: rank.save.remote(str(folder)), self._deadline.seconds)
+        with marked(folder) as mark:
+            listings = self._ask(lambda rank: rank.save_where.remote(str(folder), mark), self._deadline.seconds)
+        for far, listing in enumerate(listings):
+            if not listing:
+                continue
+
+            def read(path: str, offset: int, far: int = far) -> bytes:
+                piece: bytes = self._ask(
+                    lambda rank: rank.read_saved.remote(path, offset), self._deadline.seconds, only=[far]
+                )[0]
+                return piece
+
+            fetch(read, listing, folder)
+            self._ask(lambda rank: rank.drop_saved.remote(), self._deadline.seconds, only=[far])
+
+    def _fetch_logs(self) -> None:
+        """Brings what far ranks have written since to where the study's logs are."""
+        if self._far:
+            for rank, piece in zip(
+                self._far,
+                self._ask(lambda rank: rank.log_piece.remote(), self._deadline.seconds, only=self._far),
+                strict=True,
+            ):
+                self._add_to_log(rank, piece)
+
+    def _add_to_log(self, rank: int, piece: bytes) -> None:
+        if piece and self._task is not None:
+            with self._task.log_file(rank).open("ab") as file:
+                file.write(piece)
 
     def shutdown(self) -> None:
         for rank in self._ranks:
@@ -182,7 +236,7 @@ class RayWorkerGroup(WorkerGroup):
         for reference in ray.wait(list(pending), num_returns=len(pending), timeout=1.0)[0] if pending else []:
             try:
                 self._answer(reference, pending[reference])
-            except WorkerLostError as lost:
+            except (WorkerLostError, OutOfMemoryError) as lost:
                 return lost
             except TrialError:
                 continue
@@ -192,8 +246,15 @@ class RayWorkerGroup(WorkerGroup):
         try:
             return ray.get(reference)
         except RayTaskError as error:
-            raise TrialError(_with_log(str(error.cause), self._task, rank)) from None
+            kind = type(error.cause) if isinstance(error.cause, TrialError) else TrialError
+            if rank in self._far:
+                with suppress(RayError):  # its last words; what went wrong is known without
+                    self._add_to_log(rank, ray.get(self._ranks[rank].log_piece.remote(), timeout=LAST_WORDS_S))
+            raise kind(_with_log(str(error.cause), self._task, rank)) from None
         except (RayActorError, GetTimeoutError) as error:
+            if tells_of_memory(str(error)) or num_oom_kills() > self._num_oom_kills:
+                why = f"out of memory: rank {rank} was killed: {_one_line(error)}"
+                raise OutOfMemoryError(_with_log(why, self._task, rank)) from None
             raise WorkerLostError(_with_log(f"rank {rank} died: {_one_line(error)}", self._task, rank)) from None
 
 
@@ -203,15 +264,6 @@ def _with_log(message: str, task: Task | None, rank: int) -> str:
     path = task.log_file(rank)
     tail = log_tail(path)
     return f"{message}\nLast lines of {path.name}:\n{tail}" if tail else message
-
-
-class _RankActor(RankWorker):
-    """A RankWorker in a process of Ray's."""
-
-    def endpoint(self) -> tuple[str, int]:
-        """(address, free port) of this rank's node."""
-        host = ray.util.get_node_ip_address()
-        return host, self.free_port(host)
 
 
 def _free_name(name: str) -> str:

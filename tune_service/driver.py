@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainables.checkpoint import CheckpointStore
+from trainables.fault_points import fault_point
 from trainables.worker import START_DEADLINE_S
 from tune_service.record import AskedTrial, Record
 from tune_service.retention import Kept, to_delete
@@ -22,10 +23,11 @@ from tune_service.searcher import distributions, grid_points
 from tune_service.spec import StudySpec
 from tune_service.status import ObjectiveStatus, TrialStatus, objective_value
 
-GIB = 1024**3
 OVERDUE_MARGIN_S = 30.0
 """How much longer the driver waits than the supervisor, whose own deadline says more about what went wrong."""
 STOP_POLL_S = 0.5
+STANDSTILL_S = 10.0
+"""A driver that polls as seldom as this was stopped, or its machine slept."""
 USER_STOP = "stopped by the user"
 
 
@@ -34,6 +36,8 @@ class _Notes:
     """What the driver remembers of one trial; all of it is in the record too."""
 
     open: bool = True
+    stopped: bool = False
+    """Pruned: by the scheduler, or because it diverged."""
     best: float | None = None
     best_epoch: int | None = None
     """The best epoch; of a trial that saves only some epochs, the best of those."""
@@ -57,12 +61,18 @@ class Driver:
         self._asha = _asha(spec)
         self._store: CheckpointStore = record.folder.checkpoints
         self._notes: dict[int, _Notes] = {}
+        self._out: set[int] = set()
+        """Trials that were handed out and not left since."""
         self._due: dict[int, float] = {}
         self._faults: Counter[int] = Counter()
         """Failures of each trial under this driver. `restarts` of the record counts resumes too, which are no fault."""
         self._failures: Counter[str] = Counter()
         self._stop: Mapping[str, Any] | None = None
+        self.halted: str | None = None
+        """Why the study cannot go on for now, through no fault of its trials."""
         self._next_poll = 0.0
+        self._last_poll = time.monotonic()
+        self._noticed = record.notice
         self._grid: list[dict[str, Any]] | None = None
         if spec.sampler.name == "grid":
             self._grid = grid_points(spec.domains, spec.first_params(), record.budget_trials)
@@ -77,7 +87,36 @@ class Driver:
         asked = self._record.ask(self._distributions, self._plan)
         if asked is not None:
             self._notes.setdefault(asked.number, _Notes())
+            self._out.add(asked.number)
+        fault_point("asked")
         return asked
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the checkpoints' budget lets one more trial run beside those that do.
+
+        Each keeps its last checkpoint while it writes the next one, a waiting one its last; and the best stay.
+        """
+        sizes = [num_bytes for notes in self._notes.values() for num_bytes in notes.kept.values()]
+        waiting = sum(
+            notes.open and bool(notes.kept) for number, notes in self._notes.items() if number not in self._out
+        )
+        needed = 2 * (len(self._out) + 1) + waiting + 2
+        return not self._out or needed * max(sizes, default=0) <= self._spec.checkpoints.budget_bytes
+
+    @property
+    def num_open(self) -> int:
+        """Trials that could run now: those without an end, and those that the budget still allows."""
+        ended = sum(not notes.open for notes in self._notes.values())
+        return 0 if self.stopping else self._record.budget_trials - ended
+
+    def notice(self, text: str | None) -> None:
+        """What people should know of the place where the trials run."""
+        if text != self._noticed:
+            self._noticed = text
+            self._record.set_notice(text)
+            if text is not None:
+                self._tell(text)
 
     def started(self, number: int) -> None:
         """A supervisor has taken the trial, for the first time or again."""
@@ -93,7 +132,7 @@ class Driver:
             return False
         self._due[number] = time.monotonic() + result["next_within_s"] + OVERDUE_MARGIN_S
         if "failure" in result:
-            return self._failed(number, result["failure"])
+            return self._failed(number, result)
         goes_on = self._report(number, result) if "epoch" in result else True
         if goes_on and result["finished"]:
             self._complete(number)
@@ -103,6 +142,10 @@ class Driver:
         if not goes_on:
             self._leave(number)
         return goes_on
+
+    def handed_over(self, number: int) -> None:
+        """A supervisor that was warm has been told to take the trial, which costs it no time."""
+        self._due.setdefault(number, time.monotonic() + OVERDUE_MARGIN_S)
 
     def supervisor_lost(self, number: int, why: str, final: bool) -> None:
         """The supervisor's process is gone. Tune starts the trial again unless that is `final`."""
@@ -119,6 +162,9 @@ class Driver:
     def poll(self) -> list[int]:
         """Looks for a request to stop. Returns the trials whose supervisor is overdue and must be ended."""
         now = time.monotonic()
+        if now - self._last_poll > STANDSTILL_S:  # this process stood still, and with it the news of all others
+            self._due = {number: due + now - self._last_poll for number, due in self._due.items()}
+        self._last_poll = now
         if now >= self._next_poll:
             self._next_poll = now + STOP_POLL_S
             stop = self._record.stop_request
@@ -130,12 +176,13 @@ class Driver:
     @property
     def stopping(self) -> bool:
         """No trial is started any more."""
-        return self._stop is not None or self._record.failure is not None
+        return self._stop is not None or self.halted is not None or self._record.failure is not None
 
     @property
     def stopping_now(self) -> bool:
         """Running trials end at once."""
-        return self._record.failure is not None or (self._stop is not None and bool(self._stop["now"]))
+        is_hurried = self._stop is not None and bool(self._stop["now"])
+        return is_hurried or self.halted is not None or self._record.failure is not None
 
     def _has_ended(self, number: int) -> bool:
         return self._record.trial(number).ended_at is not None
@@ -189,9 +236,23 @@ class Driver:
         else:
             self._record.complete(number)
 
-    def _failed(self, number: int, reason: str) -> bool:
+    def _failed(self, number: int, result: Mapping[str, Any]) -> bool:
         """A rank failed. Whether the supervisor is to begin the trial again."""
+        reason, fault = result["failure"], result.get("fault")
+        if fault == "storage" and self.halted is None:
+            self.halted = _first_line(reason)
+            self._tell(f"ending for now: {self.halted}")
         if self.stopping:
+            self._leave(number)
+            return False
+        if "micro_batch_size" in result:
+            size = result["micro_batch_size"]
+            self._tell(f"trial {number}: {_first_line(reason)}; trying again with a micro batch of {size}")
+            self._record.set_micro_batch_size(number, size)
+            self._record.start(number)
+            return True
+        if fault is not None:  # to try the same again would end the same
+            self._give_up(number, reason)
             self._leave(number)
             return False
         if self._may_restart(number):
@@ -221,8 +282,10 @@ class Driver:
     def _leave(self, number: int) -> None:
         """No supervisor holds the trial any more."""
         self._due.pop(number, None)
+        self._out.discard(number)
         trial, notes = self._record.trial(number), self._notes[number]
         notes.open = trial.ended_at is None
+        notes.stopped = trial.state == "pruned"
         if trial.state == "failed":
             notes.best = None  # a failed trial is never the best one
         self._retain()
@@ -235,6 +298,7 @@ class Driver:
                 epoch=epoch,
                 num_bytes=num_bytes,
                 open=notes.open,
+                stopped=notes.stopped,
                 last=epoch == max(notes.kept),
                 value=notes.best if epoch == notes.best_epoch else None,
             )
@@ -242,7 +306,7 @@ class Driver:
             for epoch, num_bytes in notes.kept.items()
         ]
         sign = 1.0 if self._objective.mode == "max" else -1.0
-        for trial, epoch in to_delete(kept, sign, int(self._spec.checkpoints.budget_gib * GIB)):
+        for trial, epoch in to_delete(kept, sign, self._spec.checkpoints.budget_bytes, len(self._out)):
             del self._notes[trial].kept[epoch]
             self._store.delete(trial, epoch)
 
@@ -253,7 +317,7 @@ class Driver:
         self._store.sweep()
         kept = self._store.kept()
         for trial in trials:
-            notes = self._notes[trial.number] = _Notes(open=trial.ended_at is None)
+            notes = self._notes[trial.number] = _Notes(trial.ended_at is None, trial.state == "pruned")
             epochs = kept.pop(trial.number, [])
             notes.kept = {epoch: self._store.num_bytes(trial.number, epoch) for epoch in epochs}
             for report in trial.reports if trial.state != "failed" else ():

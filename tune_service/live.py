@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TextIO
@@ -13,11 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune_service.record import Record
 from tune_service.status import (
     BestTrial,
     ObjectiveStatus,
     StudyStatus,
+    StudyView,
     TrialStatus,
     best_report,
     objective_value,
@@ -38,8 +38,10 @@ def console(stream: TextIO) -> Console:
 class StudyDisplay:
     """Shows a running study on `console`; in a terminal as a table that stays in place."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, abort: Callable[[BaseException], None] | None = None) -> None:
+        """`abort` says why and ends the process at once; whoever only looks on needs none."""
         self._console = console
+        self._abort = abort
         self._live = _live(console) if console.is_terminal else None
         self._next = 0.0
         self._began = time.monotonic()
@@ -61,44 +63,52 @@ class StudyDisplay:
         with _reader_may_be_gone():
             self._print(line, style="yellow")
 
-    def show(self, record: Record) -> None:
+    def abort(self, error: BaseException) -> None:
+        """Ends this process, from any of its threads: its main one hangs where no exception reaches it."""
+        if self._live is not None:
+            with _reader_may_be_gone():
+                self._live.stop()
+        assert self._abort is not None, "whoever drives a study can end it"
+        self._abort(error)
+
+    def show(self, view: StudyView) -> None:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + REFRESH_S
             with _reader_may_be_gone():
-                self._show(record)
+                self._show(view)
 
-    def _show(self, record: Record) -> None:
-        trials = record.trials()
+    def _show(self, view: StudyView) -> None:
+        trials = view.trials()
         ended = [trial for trial in trials if trial.ended_at is not None]
         if self._ended_before is None:
             self._ended_before = len(ended)
             self._told = {trial.number: (trial.state, len(trial.reports)) for trial in ended}
-        best = next(iter(ranked(ended, record.objective)), None)
-        summary = self._summary(record, len(ended), best)
+        best = next(iter(ranked(ended, view.objective)), None)
+        summary = self._summary(view, len(ended), best)
         if self._live is not None:
             rows = max(8, self._console.height - 10)
-            self._live.update(Group(_live_table(record, trials, rows), summary), refresh=True)
+            self._live.update(Group(_live_table(view, trials, rows), summary), refresh=True)
             return
         for trial in trials:
             news = (trial.state, len(trial.reports))
             if news != self._told.get(trial.number, ("waiting", 0)):
                 self._told[trial.number] = news
-                self._print(_event(trial, record.objective, summary.plain if trial.ended_at else ""))
+                self._print(_event(trial, view.objective, summary.plain if trial.ended_at else ""))
 
     def _print(self, line: str, style: str | None = None) -> None:
         stamp = datetime.now(UTC).strftime("%H:%M:%S")
         self._console.print(Text(f"{stamp} {line}", style=style or ""), soft_wrap=True)
 
-    def _summary(self, record: Record, num_ended: int, best: BestTrial | None) -> Text:
-        parts = [f"{num_ended} of {record.budget_trials} trials ended"]
+    def _summary(self, view: StudyView, num_ended: int, best: BestTrial | None) -> Text:
+        parts = [f"{num_ended} of {view.budget_trials} trials ended"]
         if best is not None:
             parts.append(f"best {_number(best.value)} (trial {best.number}, epoch {best.epoch})")
-        if record.baseline is not None and record.objective.metric == "eval_accuracy":
-            parts.append(f"majority class {_number(record.baseline)}")
+        if view.baseline is not None and view.objective.metric == "eval_accuracy":
+            parts.append(f"majority class {_number(view.baseline)}")
         here = num_ended - (self._ended_before or 0)
         if here:
-            left_s = (time.monotonic() - self._began) / here * (record.budget_trials - num_ended)
+            left_s = (time.monotonic() - self._began) / here * (view.budget_trials - num_ended)
             parts.append(f"about {_duration(left_s)} left")
         return Text(" | ".join(parts))
 
@@ -126,14 +136,14 @@ def study_table(status: StudyStatus, max_rows: int | None = None) -> Table:
     return _table(status.objective, trials, best, len(status.trials) - len(trials))
 
 
-def _live_table(record: Record, trials: list[TrialStatus], rows: int) -> Table:
+def _live_table(view: StudyView, trials: list[TrialStatus], rows: int) -> Table:
     """What runs, the best, and the newest of the others, as far as there is room."""
-    leaders = [best.number for best in ranked(trials, record.objective)]
+    leaders = [best.number for best in ranked(trials, view.objective)]
     running = [trial.number for trial in trials if trial.state == "running"]
     newest = [trial.number for trial in reversed(trials)]
     chosen = list(dict.fromkeys([*running, *leaders[:NUM_BEST], *newest]))[:rows]
     shown = [trials[number] for number in sorted(chosen)]
-    return _table(record.objective, shown, leaders[0] if leaders else None, len(trials) - len(shown))
+    return _table(view.objective, shown, leaders[0] if leaders else None, len(trials) - len(shown))
 
 
 def _table(objective: ObjectiveStatus, trials: list[TrialStatus], best: int | None, hidden: int) -> Table:

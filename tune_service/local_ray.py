@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 import psutil
 
-ENVIRONMENT = {
-    # All of Ray's ports on loopback. The variable's name tells of its origin; it works on Linux.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "AUTOSCALER_METRIC_PORT": "0",  # any free one: two studies may run at once
-    "DASHBOARD_METRIC_PORT": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Without it Ray leaves GPUs visible to actors that asked for none.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+PR_SET_CHILD_SUBREAPER = 36
+LOOK_S = 1.0
+STOPPED_S = 20.0
+"""Ray's servers may stand still for so long (SIGSTOP) before the study is ended for it."""
+TUNE_ENVIRONMENT = {
     # The record has every result; Tune's own loggers and state files would cost time and disk.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),
@@ -31,6 +31,18 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # A supervisor that was told to stop and does not is killed after this many seconds.
     "TUNE_FORCE_TRIAL_CLEANUP_S": "20",
+    # How many trials may wait for room: as many as the study hands out.
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",
+}
+ENVIRONMENT = TUNE_ENVIRONMENT | {
+    # All of Ray's ports on loopback. The variable's name tells of its origin; it works on Linux.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "AUTOSCALER_METRIC_PORT": "0",  # any free one: two studies may run at once
+    "DASHBOARD_METRIC_PORT": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Without it Ray leaves GPUs visible to actors that asked for none.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
 
 
@@ -43,14 +55,19 @@ def prepare_environment(concurrent: int) -> None:
 
 
 @contextmanager
-def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
-    """Starts Ray; yields a scratch folder. At the end every process that it started is gone."""
+def local_ray(cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], None]) -> Iterator[Path]:
+    """Starts Ray; yields a scratch folder. At the end every process that it started is gone.
+
+    `on_lost` is called, in a thread, with what is wrong when Ray itself has died or hangs: whatever the caller waits
+    for then, it waits a minute for and is ended by Ray, without a word.
+    """
     import ray
 
-    scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=_scratch_root()))
+    _adopt_orphans()
     others = set(psutil.Process().children(recursive=True))
+    scratch, lock = _make_scratch(Path(_scratch_root()))
     try:
-        with _own_answer_to_sigterm():
+        with own_answer_to_sigterm():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -61,9 +78,10 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
                 object_store_memory=100_000_000,
                 _temp_dir=str(scratch),
             )
-        yield scratch
+        with _watched(on_lost):
+            yield scratch
     finally:
-        with _undisturbed():
+        with undisturbed():
             processes = set(psutil.Process().children(recursive=True)) - others
             ray.shutdown()
             _, alive = psutil.wait_procs(processes, timeout=5)
@@ -71,6 +89,65 @@ def local_ray(cpus: int, gpus: int, namespace: str) -> Iterator[Path]:
                 process.kill()
             psutil.wait_procs(alive, timeout=5)
             shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
+
+
+def _make_scratch(root: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor of its lock file. Removes those whose owner was killed: nobody locks them."""
+    for lock in root.glob("tune-*/.lock"):
+        with contextlib.suppress(OSError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
+    unlocked = scratch / ".lock.new"
+    descriptor = os.open(unlocked, os.O_WRONLY | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    unlocked.rename(scratch / ".lock")
+    return scratch, descriptor
+
+
+@contextmanager
+def _watched(on_lost: Callable[[str], None]) -> Iterator[None]:
+    """Looks every second whether Ray's two servers live."""
+    servers = [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]
+    end = threading.Event()
+
+    def look() -> None:
+        stopped_s = 0.0
+        while not end.wait(LOOK_S):
+            states = {server.name(): _state(server) for server in servers}
+            gone = [name for name, state in states.items() if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
+            stopped_s = stopped_s + LOOK_S if psutil.STATUS_STOPPED in states.values() else 0.0
+            if (gone or stopped_s > STOPPED_S) and not end.is_set():
+                on_lost(f"Ray's {', '.join(gone)} died" if gone else f"Ray was stopped for {stopped_s:.0f} s")
+                return
+
+    thread = threading.Thread(target=look, name="ray-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+def _state(process: psutil.Process) -> str:
+    try:
+        return str(process.status())
+    except psutil.NoSuchProcess:
+        return str(psutil.STATUS_DEAD)
+
+
+def _adopt_orphans() -> None:
+    """What Ray's processes leave behind when they are killed becomes this process's child, and is ended with them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_children() -> None:
+    """Ends all that this process has started, frozen or not: whoever waits for an answer of it gets an error."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _scratch_root() -> str:
@@ -81,7 +158,7 @@ def _scratch_root() -> str:
 
 
 @contextmanager
-def _own_answer_to_sigterm() -> Iterator[None]:
+def own_answer_to_sigterm() -> Iterator[None]:
     """Goes round `ray.init`, which puts a handler in the place of ours: one that ends this process there and then."""
     before = getsignal(SIGTERM)
     try:
@@ -93,7 +170,7 @@ def _own_answer_to_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Passes over Ctrl-C and its kin while the end takes its few seconds: a second Ctrl-C would leave things behind."""
     before = {number: signal(number, SIG_IGN) for number in (SIGINT, SIGTERM, SIGHUP)}
     try:

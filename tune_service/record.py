@@ -7,11 +7,11 @@ driver writes, but for the request to stop.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,9 @@ from optuna.trial import TrialState as OptunaState
 
 from trainables.checkpoint import finite_or_none, verify
 from trainables.errors import Problem
+from trainables.fault_points import fault_point
 from tune_service.errors import StorageError
+from tune_service.lease import Lease, locked
 from tune_service.status import (
     BestTrial,
     CheckpointStatus,
@@ -48,6 +50,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 FORMAT = 1
 """Raised whenever an older reader would misread what a newer writer wrote."""
 _REPORT = "report:"
+_MICRO_BATCH = "micro_batch_size"
 _STATES: dict[OptunaState, TrialState] = {
     OptunaState.COMPLETE: "completed",
     OptunaState.PRUNED: "pruned",
@@ -61,6 +64,8 @@ class AskedTrial:
 
     number: int
     params: dict[str, Any]
+    micro_batch_size: int | None = None
+    """What it had to be cut down to for want of memory; None: as the spec says."""
 
 
 class Record:
@@ -73,7 +78,9 @@ class Record:
         self.objective = ObjectiveStatus(**study.user_attrs["spec"]["objective"])
 
     @staticmethod
-    def create(folder: StudyFolder, spec: Mapping[str, Any], sampler: BaseSampler) -> Record:
+    def create(
+        folder: StudyFolder, spec: Mapping[str, Any], sampler: BaseSampler, lease: Lease | None = None
+    ) -> Record:
         """A new record. `spec` holds at least `objective`, `search_space` and `budget`, and is kept as it is.
 
         It is written beside and renamed, so that no reader meets a record that says half of this.
@@ -87,13 +94,16 @@ class Record:
         study.set_user_attr("spec", dict(spec))
         study.set_user_attr("budget_trials", spec["budget"]["trials"])
         unfinished.replace(folder.journal)
-        return Record.open(folder, sampler)
+        return Record.open(folder, sampler, lease)
 
     @staticmethod
-    def open(folder: StudyFolder, sampler: BaseSampler | None = None) -> Record:
-        """The record of an existing study; with `sampler`, to drive it. StorageError when it cannot be read."""
+    def open(folder: StudyFolder, sampler: BaseSampler | None = None, lease: Lease | None = None) -> Record:
+        """The record of an existing study. StorageError when it cannot be read.
+
+        A driver gives `sampler` and its `lease`: once that is lost, every write raises LeaseLostError.
+        """
         try:
-            storage = _storage(folder, folder.journal)
+            storage = _storage(folder, folder.journal, lease)
             study = optuna.load_study(study_name=folder.name, storage=storage, sampler=sampler)
             version = study.user_attrs["format"]
         except (OSError, ValueError, KeyError) as error:
@@ -122,7 +132,7 @@ class Record:
                 return None
             self._study.enqueue_trial(dict(values))
         trial = self._study.ask(distributions)
-        return AskedTrial(trial.number, trial.params)
+        return AskedTrial(trial.number, trial.params, trial.user_attrs.get(_MICRO_BATCH))
 
     def start(self, number: int) -> None:
         """A trial begins, or begins again."""
@@ -147,6 +157,10 @@ class Record:
             self._set(trial, _REPORT + str(epoch), {"metrics": kept, "at": _now()})
             self._storage.set_trial_intermediate_value(trial._trial_id, epoch, float(value))
         return before is None
+
+    def set_micro_batch_size(self, number: int, size: int) -> None:
+        """The trial needs smaller micro batches than the spec says, under every driver to come."""
+        self._set(self._trial(number), _MICRO_BATCH, size)
 
     def complete(self, number: int) -> None:
         """A trial ran to its end. It counts for the sampler with its best epoch's value."""
@@ -193,6 +207,11 @@ class Record:
     def set_baseline(self, value: float | None) -> None:
         self._study.set_user_attr("baseline", value)
 
+    def set_notice(self, text: str | None) -> None:
+        """What keeps trials waiting, in words; None: nothing does."""
+        if self.notice != text:
+            self._study.set_user_attr("notice", text)
+
     # What it says
 
     @property
@@ -220,6 +239,11 @@ class Record:
         found: float | None = self._study.user_attrs.get("baseline")
         return found
 
+    @property
+    def notice(self) -> str | None:
+        found: str | None = self._study.user_attrs.get("notice")
+        return found
+
     def trials(self) -> list[TrialStatus]:
         alive = self.folder.driver_is_alive()
         kept = self.folder.checkpoints.kept()
@@ -245,6 +269,7 @@ class Record:
             objective=self.objective,
             trials=tuple(trials),
             best=self.best(trials, deep),
+            notice=self.notice if self.folder.driver_is_alive() else None,
         )
 
     def _state(self, trials: list[TrialStatus]) -> StudyState:
@@ -321,6 +346,7 @@ class Record:
         if trial.user_attrs.get("reason") != reason:
             self._set(trial, "reason", reason)
         self._set(trial, "ended_at", _now())
+        fault_point(f"ending-{number}")
         self._study.tell(number, value, state=state)
 
     def _trials(self) -> list[FrozenTrial]:
@@ -337,27 +363,31 @@ class _KernelLock(JournalFileOpenLock):
     """A lock that the kernel releases when its holder is killed; Optuna's own then cost the next opener 30 s.
 
     Whoever takes it cuts off a last line that a killed writer left unfinished: what is appended to that is unreadable.
+    A driver's is refused once its lease is lost.
     """
 
-    def __init__(self, path: Path, journal: Path) -> None:
+    def __init__(self, path: Path, journal: Path, lease: Lease | None) -> None:
         super().__init__(str(path))
         self._path = path
         self._journal = journal
-        self._descriptor = -1
+        self._lease = lease
+        self._held = ExitStack()
 
     def acquire(self) -> bool:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        self._descriptor = descriptor
-        _trim(self._journal)
+        with ExitStack() as held:
+            held.enter_context(locked(self._path))
+            if self._lease is not None:
+                self._lease.check()
+            _trim(self._journal)
+            self._held = held.pop_all()
         return True
 
     def release(self) -> None:
-        os.close(self._descriptor)
+        self._held.close()
 
 
-def _storage(folder: StudyFolder, journal: Path) -> optuna.storages.JournalStorage:
-    lock = _KernelLock(folder.journal_lock, journal)
+def _storage(folder: StudyFolder, journal: Path, lease: Lease | None = None) -> optuna.storages.JournalStorage:
+    lock = _KernelLock(folder.journal_lock, journal, lease)
     return optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock))
 
 

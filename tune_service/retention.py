@@ -16,38 +16,39 @@ class Kept:
     num_bytes: int
     open: bool
     """The trial has no end yet."""
+    stopped: bool
+    """The trial was stopped early: it is needed only when it is the best one."""
     last: bool
     """It is the trial's newest, from which the trial would go on."""
     value: float | None
     """The trial's best objective, on the checkpoint of that epoch; None on every other."""
 
 
-def to_delete(kept: Sequence[Kept], sign: float, budget_bytes: int) -> list[tuple[int, int]]:
+def to_delete(kept: Sequence[Kept], sign: float, budget_bytes: int, num_writers: int) -> list[tuple[int, int]]:
     """(trial, epoch) of the checkpoints to delete, in that order. `sign` is 1 for maximising, -1 for minimising.
 
-    A trial without an end keeps its last checkpoint and its best epoch's; an ended one its best epoch's. When these
-    and one more checkpoint for each trial that may be saving take more than the budget, the worst go first. The last
-    ones of trials without an end, the best of all, and the best of those that ended, always stay.
+    A trial without an end keeps its last checkpoint and its best epoch's; a completed one its best epoch's; one that
+    was stopped none. When these and one more for each of the `num_writers` trials that may be saving take more than
+    the budget, the worst go first. The last ones of trials without an end, the best of all, and the best of those that
+    ended, always stay.
     """
-    unneeded = [one for one in kept if one.value is None and not (one.open and one.last)]
-    gone = [(one.trial, one.epoch) for one in unneeded]
-    needed = [one for one in kept if (one.trial, one.epoch) not in set(gone)]
-    largest = max((one.num_bytes for one in needed), default=0)
-    room = budget_bytes - largest * len({one.trial for one in needed if one.open})
-    total = sum(one.num_bytes for one in needed)
 
     def quality(one: Kept) -> float:
         return sign * one.value if one.value is not None else -math.inf
 
     def best_of(some: Sequence[Kept]) -> Kept | None:
-        return max(some, key=lambda one: (quality(one), -one.trial), default=None)
+        valued = [one for one in some if one.value is not None]
+        return max(valued, key=lambda one: (quality(one), -one.trial), default=None)
 
     # A trial without an end may still fail, and then the best is one that ended.
-    best = (best_of(needed), best_of([one for one in needed if not one.open]))
-    spare = [one for one in needed if one not in best and not (one.open and one.last)]
-    for one in sorted(spare, key=quality):
+    best = (best_of(kept), best_of([one for one in kept if not one.open]))
+    free = [one for one in kept if one not in best and not (one.open and one.last)]
+    gone = [one for one in free if one.value is None or one.stopped]
+    total = sum(one.num_bytes for one in kept) - sum(one.num_bytes for one in gone)
+    room = budget_bytes - num_writers * max((one.num_bytes for one in kept), default=0)
+    for one in sorted((one for one in free if one not in gone), key=quality):
         if total <= room:
             break
-        gone.append((one.trial, one.epoch))
+        gone.append(one)
         total -= one.num_bytes
-    return gone
+    return [(one.trial, one.epoch) for one in gone]

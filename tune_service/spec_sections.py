@@ -63,6 +63,10 @@ class CheckpointSpec(Settings):
     budget_gib: PositiveFloat = 20.0
     """For all checkpoints of the study together, optimizer state included."""
 
+    @property
+    def budget_bytes(self) -> int:
+        return int(self.budget_gib * 1024**3)
+
 
 class FaultSpec(Settings):
     restarts_per_trial: NonNegativeInt = 2
@@ -70,6 +74,8 @@ class FaultSpec(Settings):
     """Longest wait for one epoch's report. null: 5 times the slowest epoch so far, at least 60 s; first one 15 min."""
     same_error_limit: PositiveInt = 3
     """So many trials that fail alike end the study."""
+    on_oom: Literal["fail", "shrink"] = "fail"
+    """A trial that runs out of memory fails, or (finetune alone) is tried again with half the micro batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 StudyState = Literal["running", "completed", "stopped", "failed", "interrupted"]
 TrialState = Literal["waiting", "running", "paused", "completed", "pruned", "failed"]
@@ -63,9 +63,44 @@ class StudyStatus(_Status):
     objective: ObjectiveStatus
     trials: tuple[TrialStatus, ...]
     best: BestTrial | None
+    notice: str | None = Field(default=None, exclude=True)
+    """What keeps trials waiting, in words, for people; not part of the document."""
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+
+class StudyView(Protocol):
+    """A study at one moment, as a display needs it. A record is one."""
+
+    @property
+    def objective(self) -> ObjectiveStatus: ...
+
+    @property
+    def budget_trials(self) -> int: ...
+
+    @property
+    def baseline(self) -> float | None: ...
+
+    @property
+    def notice(self) -> str | None: ...
+
+    def trials(self) -> list[TrialStatus]: ...
+
+    def status(self) -> StudyStatus: ...
+
+
+class Display(Protocol):
+    """Shows people how a study goes."""
+
+    def tell(self, line: str) -> None:
+        """One event worth a line."""
+
+    def show(self, view: StudyView) -> None:
+        """The state of things, called several times a second."""
+
+    def abort(self, error: BaseException) -> None:
+        """Ends this process at once, from whatever thread, and says why."""
 
 
 def best_report(trial: TrialStatus, objective: ObjectiveStatus) -> EpochReport | None:

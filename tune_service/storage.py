@@ -1,18 +1,17 @@
-"""Where studies lie. The only file that joins their paths, and that knows how one driver keeps another out."""
+"""Where studies lie. The only file that joins their paths."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import Problem
-from tune_service.errors import StorageError, StudyExistsError, StudyNotFoundError, StudyRunningError
+from tune_service.errors import OutputNotEmptyError, StorageError, StudyExistsError, StudyNotFoundError
+from tune_service.lease import Lease, is_held, taken
 
 
 class StudyFolder:
@@ -26,6 +25,8 @@ class StudyFolder:
         self.driver_lock = path / "driver.lock"
         self.driver_log = path / "driver.log"
         self.logs = path / "logs"
+        self.shipped = path / "shipped"
+        """What a study of a cluster came with: the user's code and data."""
         self.checkpoints = CheckpointStore(path / "checkpoints")
 
     def rank_logs(self, trial: int | None = None) -> list[Path]:
@@ -33,31 +34,15 @@ class StudyFolder:
         return sorted(self.logs.glob("*.log" if trial is None else f"trial-{trial:05d}-*.log"))
 
     def driver_is_alive(self) -> bool:
-        """Whether some process holds the study. The kernel lets go of the lock when that process is gone."""
-        try:
-            with self.driver_lock.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        """Whether some process drives the study; not one that is gone or has been silent for some time."""
+        return is_held(self.driver_lock)
 
-    @contextmanager
-    def driving(self) -> Iterator[None]:
-        """Makes this process the study's driver. StudyRunningError while another one is."""
-        descriptor = os.open(self.driver_lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if not _lock(descriptor, patience_s=1.0):
-                holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
-                raise StudyRunningError(
-                    Problem(self.name, "a study has one driver", f"process {holder} runs it", "wait for it, or stop it")
-                )
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-            yield
-        finally:
-            os.close(descriptor)
+    def driving(self, tell: Callable[[str], None] = lambda line: None) -> AbstractContextManager[Lease]:
+        """Makes this process the study's driver. StudyRunningError while another one is.
+
+        `tell` hears of a silent driver that this one takes the place of.
+        """
+        return taken(self.driver_lock, self.journal_lock, tell)
 
 
 class Storage:
@@ -127,18 +112,12 @@ def remove(folder: StudyFolder) -> int:
     return num_bytes
 
 
-def _lock(descriptor: int, patience_s: float) -> bool:
-    """Takes the exclusive lock. Patient, since `status` holds a shared one for a moment to look."""
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.05)
-        else:
-            return True
+def check_out(out: Path) -> None:
+    """OutputNotEmptyError unless `out` is a new or an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputNotEmptyError(
+            Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name")
+        )
 
 
 def _read_only(place: Path) -> bool:

@@ -1,0 +1,190 @@
+"""One driver at a time: refused beside a living one, at once after a dead one, in the place of a silent one.
+
+The other driver is a process of its own, which writes to the record when it is told to.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trainables.checkpoint import CheckpointStore
+from trainables.errors import CheckpointError
+from tune_service import lease
+from tune_service.errors import LeaseLostError, StudyRunningError, exit_code
+from tune_service.record import Record
+from tune_service.storage import Storage, StudyFolder
+
+SPEC = {
+    "objective": {"metric": "score", "mode": "max"},
+    "search_space": {},
+    "budget": {"trials": 4},
+}
+OTHER = """
+import os, sys
+from pathlib import Path
+from tune_service.record import Record
+from tune_service.storage import StudyFolder
+folder = StudyFolder(Path(sys.argv[1]))
+with folder.driving() as lease, lease.beating(print):
+    record = Record.open(folder, lease=lease)
+    print("driving", flush=True)
+    for line in sys.stdin:
+        try:
+            record.set_budget(int(line))
+            print("written", flush=True)
+        except Exception as error:
+            print(type(error).__name__, flush=True)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StudyFolder:
+    from optuna.samplers import RandomSampler
+
+    found = Storage(tmp_path).create("toy")
+    Record.create(found, SPEC, RandomSampler(seed=0))
+    return found
+
+
+@contextmanager
+def other_driver(folder: StudyFolder) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", OTHER, str(folder.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert said(process) == "driving"
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def write(process: subprocess.Popen[str], budget: int) -> str:
+    assert process.stdin is not None
+    print(budget, file=process.stdin, flush=True)
+    return said(process)
+
+
+def make_silent(folder: StudyFolder, process: subprocess.Popen[str]) -> None:
+    """Stops the holder, and sets its last beat back as far as a long wait would."""
+    process.send_signal(signal.SIGSTOP)
+    then = time.time() - lease.SILENT_S - 1
+    os.utime(folder.driver_lock, (then, then))
+
+
+def test_a_living_driver_keeps_others_out_however_long_it_lives(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "SILENT_S", 2.5)
+    with other_driver(folder) as process:
+        time.sleep(4)
+        assert folder.driver_is_alive()
+        with pytest.raises(StudyRunningError, match=f"process {process.pid} on ") as refusal, folder.driving():
+            pass
+        assert exit_code(refusal.value) == 2
+        assert write(process, 7) == "written"
+
+
+def test_a_driver_that_was_silent_for_a_moment_goes_on(folder: StudyFolder) -> None:
+    with other_driver(folder) as process:
+        make_silent(folder, process)
+        process.send_signal(signal.SIGCONT)
+        assert write(process, 7) == "written"
+        time.sleep(2.5)
+        assert folder.driver_is_alive(), "it beats again"
+        assert Record.open(folder).budget_trials == 7
+
+
+def test_a_silent_driver_is_taken_over_and_writes_nothing_more_when_it_wakes_up(folder: StudyFolder) -> None:
+    told: list[str] = []
+    with other_driver(folder) as process:
+        assert write(process, 7) == "written"
+        make_silent(folder, process)
+        assert not folder.driver_is_alive()
+        with folder.driving(told.append) as own:
+            (line,) = told
+            assert line.startswith(f"process {process.pid} on {os.uname().nodename} has been silent for 1")
+            assert line.endswith(" s: taking the study over")
+            record = Record.open(folder, lease=own)
+            record.set_budget(8)
+            process.send_signal(signal.SIGCONT)
+            assert write(process, 9) == "LeaseLostError"
+            assert write(process, 9) == "LeaseLostError"
+            time.sleep(2.5)  # its beats go to a file that nobody looks at
+            assert folder.driver_is_alive()
+            assert Record.open(folder).budget_trials == 8
+            record.set_budget(10)
+        assert not folder.driver_is_alive()
+        assert write(process, 9) == "LeaseLostError", "also when nobody drives"
+    assert Record.open(folder).budget_trials == 10
+
+
+def test_a_trial_of_a_driver_that_lost_its_lease_commits_no_checkpoint(folder: StudyFolder) -> None:
+    with other_driver(folder) as process:
+        identity = (str(folder.driver_lock), folder.driver_lock.stat().st_ino)
+        store = CheckpointStore(folder.checkpoints.root, lease=identity)
+        store.stage(0, 1)
+        store.commit(0, 1, {})
+        make_silent(folder, process)
+        with folder.driving():
+            store.stage(0, 2)
+            with pytest.raises(CheckpointError, match="another driver has taken the study over"):
+                store.commit(0, 2, {})
+    assert store.kept() == {0: [1]}
+
+
+def test_of_two_that_want_a_silent_drivers_place_one_gets_it(folder: StudyFolder) -> None:
+    with other_driver(folder) as process:
+        make_silent(folder, process)
+        first = subprocess.Popen([sys.executable, "-c", OTHER, str(folder.path)], stdin=subprocess.PIPE, stdout=-1)
+        second = subprocess.Popen([sys.executable, "-c", OTHER, str(folder.path)], stdin=subprocess.PIPE, stdout=-1)
+        try:
+            time.sleep(4)
+            states = [each.poll() for each in (first, second)]
+            assert sorted(state is None for state in states) == [False, True], states
+        finally:
+            for each in (first, second):
+                each.kill()
+                each.communicate()
+
+
+def test_a_main_loop_that_is_stuck_ends_the_beats_and_what_it_waits_for(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(lease, "STUCK_S", 0.5)
+    calls: list[str] = []
+    with folder.driving() as own, own.beating(calls.append):
+        time.sleep(0.8)
+        assert calls == [], "its start may take longer"
+        for _ in range(10):
+            time.sleep(0.1)
+            own.sign_of_life()
+        assert calls == []
+        time.sleep(1.0)
+        last_beat = folder.driver_lock.stat().st_mtime
+        assert calls == ["the driver has been stuck for 0 s"]
+        time.sleep(0.3)
+        assert folder.driver_lock.stat().st_mtime == last_beat
+        own.check()
+
+
+def test_the_lease_of_a_study_that_is_deleted_is_lost(folder: StudyFolder) -> None:
+    with folder.driving() as own:
+        record = Record.open(folder, lease=own)
+        folder.path.rename(folder.path.with_name("gone"))
+        with pytest.raises((LeaseLostError, FileNotFoundError)):
+            record.set_budget(3)
+    assert not folder.path.exists()

@@ -1,0 +1,36 @@
+"""Whether memory ran out. No torch: its error is told by its name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
+_WORDS = re.compile(r"out of memory|can't allocate memory|OOM|memory pressure|running low on memory", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the GPU (torch.OutOfMemoryError), or of the machine."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and bool(_WORDS.search(str(error)))
+    )
+
+
+def tells_of_memory(message: str) -> bool:
+    """Whether Ray says that it ended a process for want of memory."""
+    return bool(_WORDS.search(message))
+
+
+def num_oom_kills() -> int:
+    """How many processes of this container, or machine, the kernel has killed for want of memory since its start."""
+    for counter in _COUNTERS:
+        try:
+            lines = counter.read_text().splitlines()
+        except OSError:
+            continue
+        found = [line.split() for line in lines]
+        counts = [int(words[1]) for words in found if len(words) == 2 and words[0] == "oom_kill"]
+        if counts:
+            return counts[0]
+    return 0

@@ -1,0 +1,180 @@
+"""Who drives a study: one process at a time, by a lease that its death or its silence ends, and that fences it off.
+
+The lease is a lock file. Its holder has the kernel's lock on it, which goes with the process, and touches it every
+second. One that is silent (stopped, asleep, cut off) loses the lease to whoever puts a new file in its place, under
+the journal's lock; every write looks under that lock whether the file is still its own. So whoever wakes up again
+writes nothing more. Between machines the silence is told by the file's time: their clocks must agree to some seconds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainables.checkpoint import lease_holds
+from trainables.errors import Problem
+from tune_service.errors import LeaseLostError, StudyRunningError
+
+BEAT_S = 1.0
+SILENT_S = 15.0
+"""Without a beat for so long, a holder may be gone; whoever wants to drive the study then may."""
+STUCK_S = 60.0
+"""Without a sign of the holder's main loop for so long, the beats end, and the holder is told."""
+STARTING_S = 300.0
+"""The same for the time before its first round: a cold start of Ray on a busy machine."""
+
+
+class Lease:
+    """This process's hold on a study."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._sign = time.monotonic()
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """(path, inode): the lease holds as long as that path is that file."""
+        return str(self._path), os.fstat(self._descriptor).st_ino
+
+    @property
+    def lost(self) -> bool:
+        return not lease_holds(self.identity)
+
+    def check(self) -> None:
+        """LeaseLostError when another process has taken the study over."""
+        if self.lost:
+            found = "this process was silent, and another one has taken the study over"
+            expected = "one of the two; this one ends and writes nothing more"
+            raise LeaseLostError(Problem(self._path.parent.name, "a study has one driver", found, expected))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def sign_of_life(self) -> None:
+        """The holder's main loop goes round: to be called several times a minute. LeaseLostError when it need not."""
+        self._sign = time.monotonic()
+        self.check()
+
+    @contextmanager
+    def beating(self, on_stuck: Callable[[str], None]) -> Iterator[None]:
+        """Beats, in a thread, as long as there are signs of life. Without them calls `on_stuck` with what is wrong."""
+        self._sign = time.monotonic() + STARTING_S - STUCK_S
+        end = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(end, on_stuck), name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
+    def _beat(self, end: threading.Event, on_stuck: Callable[[str], None]) -> None:
+        before, is_stuck = time.monotonic(), False
+        while not end.wait(BEAT_S):
+            now = time.monotonic()
+            if now - before > 5 * BEAT_S:
+                self._sign = now  # the whole process stood still: no word on its main loop
+            before = now
+            if now - self._sign <= STUCK_S:
+                os.utime(self._descriptor)
+            elif not is_stuck:
+                is_stuck = True
+                on_stuck(f"the driver has been stuck for {STUCK_S:.0f} s")
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process drives the study and is not silent."""
+    try:
+        with path.open("rb") as file:
+            return not _lock(file.fileno(), fcntl.LOCK_SH) and _age_s(path) <= SILENT_S
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def taken(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> Iterator[Lease]:
+    """Makes this process the study's driver. StudyRunningError while another one is, and is not silent."""
+    lease = _take(path, journal_lock, tell)
+    while lease.lost:  # replaced between its opening and the lock
+        lease.close()
+        lease = _take(path, journal_lock, tell)
+    try:
+        yield lease
+    finally:
+        lease.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the kernel's lock on a file, which ends with its holder."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> Lease:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _lock_patiently(descriptor):
+            descriptor = _take_over(path, descriptor, journal_lock, tell)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return Lease(path, descriptor)
+
+
+def _take_over(path: Path, silent: int, journal_lock: Path, tell: Callable[[str], None]) -> int:
+    """Puts a new lock file in the place of a silent holder's. Returns its descriptor, locked."""
+    holder = os.pread(silent, 100, 0).decode(errors="replace").strip()
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(journal_lock):
+            age_s = _age_s(path)
+            if age_s <= SILENT_S or path.stat().st_ino != os.fstat(silent).st_ino:
+                expected = f"wait for it, or stop it; it is taken over when it is silent for {SILENT_S:.0f} s"
+                raise StudyRunningError(
+                    Problem(path.parent.name, "a study has one driver", f"process {holder} runs it", expected)
+                )
+            new.replace(path)
+    except BaseException:
+        os.close(descriptor)
+        new.unlink(missing_ok=True)
+        raise
+    os.close(silent)
+    tell(f"process {holder} has been silent for {age_s:.0f} s: taking the study over")
+    return descriptor
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+def _lock_patiently(descriptor: int) -> bool:
+    """Takes the exclusive lock. Patient, since `status` holds a shared one for a moment to look."""
+    end = time.monotonic() + 1.0
+    while not _lock(descriptor, fcntl.LOCK_EX):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
