@@ -41,7 +41,7 @@ class Cloud:
         environment = {"PYTHONPATH": str(_PACKAGES), "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}
         log = f'exec python -c "{code}" >{HOME}/moto.log 2>&1'
         self._server: Started = lab.client.start("bash", "-c", log, env=environment)
-        wait_until(lambda: lab.client.run("curl", "-s", "-f", f"{self.url}/moto-api/data.json").code == 0, 60, "moto")
+        wait_until(lambda: lab.client.run("curl", "-s", "-f", self.url).code == 0, 60, "moto")
         lab.client.check("ip", "route", "add", "172.31.0.0/16", "dev", "br0")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._give_hosts, daemon=True)
@@ -53,8 +53,11 @@ class Cloud:
 
     def instances(self) -> list[dict[str, Any]]:
         """What AWS knows of every instance, terminated ones too."""
-        data = self._lab.client.check("curl", "-s", "-f", f"{self.url}/moto-api/data.json")
-        return list(json.loads(data).get("ec2", {}).get("Instance", []))
+        return [
+            instance
+            for group in self.ec2("ec2.describe_instances()['Reservations']")
+            for instance in group["Instances"]
+        ]
 
     def ec2(self, expression: str) -> Any:
         """The value of an expression in which `ec2` is boto3's client."""
@@ -84,16 +87,16 @@ class Cloud:
                             host.admit(public.stdout)
                         admitted.touch()
             for instance in self.instances():
-                if instance["state"] == "running" and instance["id"] not in self.hosts:
+                if instance["State"]["Name"] == "running" and instance["InstanceId"] not in self.hosts:
                     self._give_host(instance)
             time.sleep(0.5)
 
     def _give_host(self, instance: dict[str, Any]) -> None:
         assert self._free, "more instances were asked for than the lab has hosts"
         host = self._free.pop(0)
-        private, public = instance["private_ip_address"], instance["public_ip_address"]
+        private, public = instance["PrivateIpAddress"], instance["PublicIpAddress"]
         for address in (private, public):
             host.check("ip", "addr", "add", f"{address}/32", "dev", "eth0")
         host.check("ip", "route", "add", "172.31.0.0/16", "dev", "eth0", "src", private)
         self._lab.client.check("ip", "route", "add", f"{public}/32", "dev", "br0")
-        self.hosts[instance["id"]] = host
+        self.hosts[instance["InstanceId"]] = host

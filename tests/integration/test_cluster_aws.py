@@ -43,13 +43,13 @@ def cluster(cloud: Cloud) -> LabCluster:
 
 
 def running(cloud: Cloud) -> list[dict[str, Any]]:
-    return [each for each in cloud.instances() if each["state"] == "running"]
+    return [each for each in cloud.instances() if each["State"]["Name"] == "running"]
 
 
 def test_ray_up_makes_the_head_alone_which_is_small_and_on_demand(cloud: Cloud, cluster: LabCluster) -> None:
     (head,) = running(cloud)
-    assert (head["instance_type"], head["lifecycle"], head["image_id"]) == ("m6i.xlarge", None, IMAGE)
-    assert cluster.alive() == {head["private_ip_address"]}
+    assert (head["InstanceType"], head.get("InstanceLifecycle"), head["ImageId"]) == ("m6i.xlarge", None, IMAGE)
+    assert cluster.alive() == {head["PrivateIpAddress"]}
 
 
 def test_from_outside_only_ssh_is_open_and_only_to_whom_it_was_opened(cloud: Cloud, cluster: LabCluster) -> None:
@@ -60,7 +60,7 @@ def test_from_outside_only_ssh_is_open_and_only_to_whom_it_was_opened(cloud: Clo
     assert (ssh["IpProtocol"], ssh["FromPort"], ssh["ToPort"]) == ("tcp", 22, 22)
     assert [each["CidrIp"] for each in ssh["IpRanges"]] == [CIDR]
     for instance in running(cloud):
-        assert [each["id"] for each in instance["security_groups"]] == [group["GroupId"]]
+        assert [each["GroupId"] for each in instance["SecurityGroups"]] == [group["GroupId"]]
 
 
 def test_a_demand_for_a_gpu_brings_a_spot_worker_which_goes_when_it_is_idle(cloud: Cloud, cluster: LabCluster) -> None:
@@ -68,10 +68,10 @@ def test_a_demand_for_a_gpu_brings_a_spot_worker_which_goes_when_it_is_idle(clou
     submit = ("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--", "python", "-c", code)
     done = cluster.on_head(*submit, timeout_s=240)
     assert done.code == 0 and "\n42\n" in done.out, done
-    (worker,) = [each for each in cloud.instances() if each["instance_type"] == "g5.2xlarge"]
-    assert worker["lifecycle"] == "spot"
+    (worker,) = [each for each in cloud.instances() if each["InstanceType"] == "g5.2xlarge"]
+    assert worker["InstanceLifecycle"] == "spot"
     wait_until(lambda: len(running(cloud)) == 1, 120, "the idle worker to be terminated")
-    assert running(cloud)[0]["instance_type"] == "m6i.xlarge"
+    assert running(cloud)[0]["InstanceType"] == "m6i.xlarge"
 
 
 def test_ray_down_terminates_every_instance(cloud: Cloud, cluster: LabCluster) -> None:
