@@ -35,6 +35,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     token.parent.mkdir(parents=True)
     token.write_text("a" * 64)
     token.chmod(0o600)
+    (folder / ".ssh").mkdir()
+    (folder / ".ssh/id_ed25519").touch()
     monkeypatch.setenv("HOME", str(folder))
     return folder
 
@@ -302,6 +304,12 @@ def test_a_token_that_others_can_read_is_refused(home: Path, tmp_path: Path) -> 
     assert faults(path) == {"file_mounts.~/.ray/auth_token": "chmod 600 ~/.ray/auth_token"}
     token.unlink()
     assert "ray get-auth-token --generate" in faults(path)["file_mounts.~/.ray/auth_token"]
+
+
+def test_a_key_that_is_not_there_is_refused(home: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, "local")
+    (home / ".ssh/id_ed25519").unlink()
+    assert faults(path) == {"auth.ssh_private_key": "ssh-keygen -t ed25519 -f ~/.ssh/id_ed25519"}
 
 
 def test_a_fault_has_its_line_and_a_key_written_twice_is_one(tmp_path: Path) -> None:

@@ -183,6 +183,10 @@ def _check_files(draft: Draft) -> None:
             draft.fault(key, "what is mounted is there", f"no {local}", expected)
         elif is_token and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
             draft.fault(key, "only you can read the token", f"mode {mode:o}", f"chmod 600 {local}")
+    private_key = draft.raw.get("auth", {}).get("ssh_private_key")
+    if private_key is not None and not Path(private_key).expanduser().exists():
+        expected = f"ssh-keygen -t ed25519 -f {private_key}"
+        draft.fault("auth.ssh_private_key", "the key is there", f"no {private_key}", expected)
 
 
 def _check_placeholders(draft: Draft) -> None:
