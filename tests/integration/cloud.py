@@ -97,6 +97,7 @@ class Cloud:
         private, public = instance["PrivateIpAddress"], instance["PublicIpAddress"]
         for address in (private, public):
             host.check("ip", "addr", "add", f"{address}/32", "dev", "eth0")
+        host.name_address(private)
         host.check("ip", "route", "add", "172.31.0.0/16", "dev", "eth0", "src", private)
         self._lab.client.check("ip", "route", "add", f"{public}/32", "dev", "br0")
         self.hosts[instance["InstanceId"]] = host

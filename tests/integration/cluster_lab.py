@@ -35,7 +35,7 @@ class LabCluster:
         file["setup_commands"] = [each for each in file["setup_commands"] if "apt-get" not in each]
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
             start = "ray start --object-store-memory=100000000"
-            start += " --num-cpus=2" if key.startswith("worker") else ""
+            start += " --num-cpus=1" if key.startswith("worker") else ""
             file[key] = [each.replace("ray start", start) for each in file[key]]
         if change is not None:
             change(file)

@@ -73,12 +73,18 @@ class Machine:
             "PasswordAuthentication no\nPermitRootLogin prohibit-password\nMaxStartups 100\nPidFile none\n"
         )
         passwd = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith("root:")]
-        (folder / "passwd").write_text("\n".join([f"root:x:0:0:root:{HOME}:/bin/bash", *passwd, ""]))
-        (folder / "hosts").write_text(f"127.0.0.1 localhost\n{ip} {name}\n")
+        # Also by the name that images of Ubuntu have.
+        ours = [f"{name}:x:0:0:{name}:{HOME}:/bin/bash" for name in ("root", "ubuntu")]
+        (folder / "passwd").write_text("\n".join([*ours, *passwd, ""]))
+        self.name_address(ip)
 
     def outside(self, path: Path) -> Path:
         """Where a path of this machine's /tmp lies for everybody else."""
         return self._folder / "tmp" / path.relative_to("/tmp")
+
+    def name_address(self, ip: str) -> None:
+        """Says by which of its addresses the machine knows itself."""
+        (self._folder / "hosts").write_text(f"127.0.0.1 localhost\n{ip} {self.name}\n")
 
     def admit(self, public_key: str) -> None:
         """Lets the owner of a key log in."""
