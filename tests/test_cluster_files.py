@@ -200,6 +200,12 @@ def test_a_value_that_cannot_be_right_is_refused_with_all_others() -> None:
     assert found["--worker-type"].startswith("one of g4dn.xlarge, ")
 
 
+def test_studies_lie_in_a_bucket_or_in_a_folder(tmp_path: Path) -> None:
+    assert list(refused("aws", bucket="my-studies", storage="$HOME/studies")) == ["--storage"]
+    init_cluster("aws", tmp_path / "a.yaml", "tune-service", {"storage": "$HOME/studies"})
+    assert "'TUNE_SERVICE_STORAGE=$HOME/studies'" in (tmp_path / "a.yaml").read_text()
+
+
 def test_hosts_are_a_head_and_workers_each_of_them_once() -> None:
     assert refused("local") == {"--hosts": "HEAD,WORKER,WORKER"}
     assert refused("local", hosts="10.0.0.1") == {"--hosts": "HEAD,WORKER,WORKER"}

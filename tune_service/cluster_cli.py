@@ -34,7 +34,7 @@ def init(
     ssh_user: Annotated[str | None, typer.Option("--ssh-user", help="local: who logs in there.")] = None,
     ssh_key: Annotated[str | None, typer.Option("--ssh-key", help="local: a private key for this cluster.")] = None,
     storage: Annotated[
-        str | None, typer.Option("--storage", help="local: the studies' folder, on the head or shared by all hosts.")
+        str | None, typer.Option("--storage", help="In place of a bucket: a folder of the head, or one that all share.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -82,7 +82,7 @@ def init_cluster(provider: str, out: Path, name: str, options: Mapping[str, Any]
 
 def _problems(provider: str, given: Mapping[str, Any]) -> Iterator[Problem]:
     kind = PROVIDERS[provider]
-    of_provider = {*kind.defaults, "name", "max_workers"}
+    of_provider = {*kind.defaults, "name", "max_workers", "storage"}
     of_provider |= {"hosts"} if provider == "local" else set()
     of_provider |= {"ssh_from"} if provider == "aws" else set()
     of_provider -= {"max_workers"} if provider == "local" else set()
@@ -100,6 +100,8 @@ def _problems(provider: str, given: Mapping[str, Any]) -> Iterator[Problem]:
             yield from cidr_problems(value)
         elif key in _PATTERNS and not re.fullmatch(_PATTERNS[key][0], value):
             yield Problem(_option(key), f"{key.replace('_', ' ')} is well-formed", repr(value), _PATTERNS[key][1])
+    if {"bucket", "storage"} <= given.keys():
+        yield Problem("--storage", "the studies lie in one place", "--bucket too", "one of the two")
     if provider == "local" and "hosts" not in given:
         yield Problem("--hosts", "a cluster of ssh hosts has hosts", "none", "HEAD,WORKER,WORKER")
 
@@ -145,7 +147,7 @@ def _values(provider: str, name: str, given: Mapping[str, Any], sources: Mapping
             values["node_ip"] = f"--node-ip-address={head} "
     else:
         values["cpus"], values["gpus"] = kind.worker_types[values["worker_type"]]
-        values["storage"] = f"{'s3' if provider == 'aws' else 'gs'}://{values['bucket']}/studies"
+        values.setdefault("storage", f"{'s3' if provider == 'aws' else 'gs'}://{values['bucket']}/studies")
     if provider == "gcp":
         head_setup.append("cd ~/tune-service && make install-gcp   # Ray's launcher needs Google's client on the head")
     if "ssh_from" in given:
@@ -166,7 +168,7 @@ def _next_steps(provider: str, out: Path, given: Mapping[str, Any]) -> Iterator[
     if provider == "aws" and "image" not in given:
         region = given.get("region", PROVIDERS["aws"].defaults["region"])
         yield f"{LATEST_IMAGE} --region {region}   # put it in as ImageId"
-    if provider != "local" and "bucket" not in given:
+    if provider != "local" and not {"bucket", "storage"} & given.keys():
         yield f"replace {CHANGE_ME} in TUNE_SERVICE_STORAGE by a bucket of yours"
     yield "(umask 077; ray get-auth-token --generate >/dev/null); export RAY_AUTH_MODE=token"
     yield f"tune-service cluster check {file}"
