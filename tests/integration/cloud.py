@@ -23,7 +23,7 @@ class Cloud:
     """Runs on the user's machine of a lab. Instances get hosts in the order in which they are asked for."""
 
     def __init__(self, lab: Lab) -> None:
-        self._lab = lab
+        self.lab = lab
         self._free = list(lab.hosts)
         self.hosts: dict[str, Machine] = {}
         """The host of each instance that ran at some time."""
@@ -64,7 +64,7 @@ class Cloud:
         code = (
             f"import boto3, json; ec2 = boto3.client('ec2', 'us-west-2'); print(json.dumps({expression}, default=str))"
         )
-        return json.loads(self._lab.client.check("python", "-c", code))
+        return json.loads(self.lab.client.check("python", "-c", code))
 
     def _install(self, folder: Path) -> None:
         lock = (ROOT / "requirements.lock").read_text()
@@ -77,13 +77,13 @@ class Cloud:
     def _give_hosts(self) -> None:
         """As AWS boots instances: their addresses begin to answer, and let in the key that Ray made for itself."""
         while not self._ended.is_set():
-            for pem in self._lab.client.outside(HOME / ".ssh").glob("*.pem"):
+            for pem in self.lab.client.outside(HOME / ".ssh").glob("*.pem"):
                 if pem.stat().st_size and not (admitted := pem.with_suffix(".admitted")).exists():
                     public = subprocess.run(
                         ["ssh-keygen", "-y", "-f", str(pem)], capture_output=True, text=True, check=False
                     )
                     if public.returncode == 0:
-                        for host in self._lab.hosts:
+                        for host in self.lab.hosts:
                             host.admit(public.stdout)
                         admitted.touch()
             for instance in self.instances():
@@ -99,5 +99,5 @@ class Cloud:
             host.check("ip", "addr", "add", f"{address}/32", "dev", "eth0")
         host.name_address(private)
         host.check("ip", "route", "add", "172.31.0.0/16", "dev", "eth0", "src", private)
-        self._lab.client.check("ip", "route", "add", f"{public}/32", "dev", "br0")
+        self.lab.client.check("ip", "route", "add", f"{public}/32", "dev", "br0")
         self.hosts[instance["InstanceId"]] = host

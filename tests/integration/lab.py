@@ -37,7 +37,7 @@ def require_lab() -> None:
     if missing:
         if not shutil.which("apt-get"):
             pytest.skip(f"a lab of machines needs {', '.join(missing)}, and there is no apt-get")
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # starts no sshd here
         install = ["apt-get", "-qq", "-y", "--no-install-recommends", "install", *missing]
         for command in (["apt-get", "-qq", "update"], install):
             run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)

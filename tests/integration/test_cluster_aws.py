@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cloud import Cloud
-from cluster_lab import LabCluster
+from cluster_lab import FILE, LabCluster
 from lab import Lab, require_lab
 from program import wait_until
 
@@ -36,7 +36,7 @@ def cluster(cloud: Cloud) -> LabCluster:
         command = file["worker_start_ray_commands"][1]
         file["worker_start_ray_commands"][1] = command.replace("ray start", "ray start --num-gpus=1")
 
-    found = LabCluster(cloud._lab)
+    found = LabCluster(cloud.lab)
     found.init("--provider", "aws", "--bucket", "my-studies", "--image", IMAGE, "--ssh-from", CIDR, change=change)
     found.up()
     return found
@@ -52,15 +52,32 @@ def test_ray_up_makes_the_head_alone_which_is_small_and_on_demand(cloud: Cloud, 
     assert cluster.alive() == {head["PrivateIpAddress"]}
 
 
+def open_to_outside(cloud: Cloud, group_name: str) -> list[tuple[Any, ...]]:
+    """(protocol, first port, last port, who) of every rule of a security group that is not for its own members."""
+    (group,) = cloud.ec2(f"ec2.describe_security_groups(GroupNames=['{group_name}'])['SecurityGroups']")
+    members = [rule for rule in group["IpPermissions"] if rule["UserIdGroupPairs"]]
+    assert [pair["GroupId"] for rule in members for pair in rule["UserIdGroupPairs"]] == [group["GroupId"]]
+    return [
+        (rule["IpProtocol"], rule.get("FromPort"), rule.get("ToPort"), each["CidrIp"])
+        for rule in group["IpPermissions"]
+        for each in rule["IpRanges"]
+    ]
+
+
 def test_from_outside_only_ssh_is_open_and_only_to_whom_it_was_opened(cloud: Cloud, cluster: LabCluster) -> None:
-    (group,) = cloud.ec2("ec2.describe_security_groups(GroupNames=['tune-service'])['SecurityGroups']")
-    inside, ssh = sorted(group["IpPermissions"], key=lambda rule: str(rule["IpProtocol"]))
-    assert [pair["GroupId"] for pair in inside["UserIdGroupPairs"]] == [group["GroupId"]]
-    assert inside["IpRanges"] == []
-    assert (ssh["IpProtocol"], ssh["FromPort"], ssh["ToPort"]) == ("tcp", 22, 22)
-    assert [each["CidrIp"] for each in ssh["IpRanges"]] == [CIDR]
+    assert open_to_outside(cloud, "tune-service") == [("tcp", 22, 22, CIDR)]
     for instance in running(cloud):
-        assert [each["GroupId"] for each in instance["SecurityGroups"]] == [group["GroupId"]]
+        assert [each["GroupName"] for each in instance["SecurityGroups"]] == ["tune-service"]
+
+
+def test_ssh_is_moved_to_another_address_and_closed_before_ray_up(cloud: Cloud, cluster: LabCluster) -> None:
+    client = cluster.lab.client
+    other = client.outside(FILE.with_name("other.yaml"))
+    other.write_text(client.outside(FILE).read_text().replace(": tune-service", ": other"))
+    for file, group in ((FILE, "tune-service"), (FILE.with_name("other.yaml"), "other")):
+        for _ in range(2):  # the second time changes nothing
+            client.check("tune-service", "cluster", "firewall", str(file), "--ssh-from", "10.77.0.1/32")
+        assert open_to_outside(cloud, group) == [("tcp", 22, 22, "10.77.0.1/32")]
 
 
 def test_a_demand_for_a_gpu_brings_a_spot_worker_which_goes_when_it_is_idle(cloud: Cloud, cluster: LabCluster) -> None:
