@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from trainables.errors import Problem, UserError
-from tune_service.errors import CommandError, exit_code
+from tune_service.errors import CommandError, FollowEndedError, exit_code
 from tune_service.output import display as display_of
 from tune_service.output import print_failure, print_json, print_rows, print_status
 
@@ -295,7 +295,7 @@ def main() -> NoReturn:
     except typer.Exit as stopped:
         sys.exit(stopped.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(sys.exc_info()[1] or KeyboardInterrupt(), as_json)
+        _fail(KeyboardInterrupt(), as_json)
     except Exception as error:
         if isinstance(error, _UsageFault):
             found = error.format_message()  # type: ignore[attr-defined]
@@ -347,9 +347,8 @@ def _remote(storage: str, address: str) -> Iterator[RemoteStudies]:
         with connected(address) as dashboard:
             yield RemoteStudies(dashboard, storage if is_meant else None)
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(
-            "what was handed to the cluster goes on there; `watch --address` follows"
-        ) from interrupt
+        expected = "`watch --address` to look again: what was handed to the cluster goes on there"
+        raise FollowEndedError(Problem("", "the command runs to its end", "Ctrl-C", expected)) from interrupt
 
 
 def _load(path: Path, overrides: list[str], name: str | None, storage: Storage) -> StudySpec:
