@@ -56,7 +56,7 @@ def token() -> str | None:
     """The cluster's token, from where Ray looks for it; None: there is none."""
     if value := os.environ.get("RAY_AUTH_TOKEN"):
         return value.strip()
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or None
     path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
     try:
         return path.read_text(encoding="ascii").strip() or None

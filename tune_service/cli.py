@@ -105,7 +105,7 @@ def submit(
     from tune_service.submit import submit_study
 
     with _remote(storage, address) as studies:
-        name, job = submit_study(spec, overrides, name, studies)
+        name, job = submit_study(spec, overrides, name, studies, wait)
         if wait:
             with display_of(as_json) as display:
                 status = studies.follow(name, display)

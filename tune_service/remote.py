@@ -95,16 +95,17 @@ class RemoteStudies:
 
     # Studies
 
-    def submit(self, name: str, spec_text: str, package: Path) -> str:
-        """Hands a new study over. Returns its job, once the study has begun, or waits in a queue of the cluster's."""
+    def submit(self, name: str, spec_text: str, package: Path, patience_s: float | None = QUEUE_S) -> str:
+        """Hands a new study over. Returns its job once the study has begun, or after `patience_s` (None: never)."""
         job = self._next_job(name, StudyExistsError)
         uri = self._dashboard.upload(package)
-        return self._start(name, job, "run", {"spec": spec_text}, uri)
+        self._start(name, job, "run", {"spec": spec_text}, uri, patience_s)
+        return job
 
     def resume(self, name: str, trials: str | None, display: Display) -> StudyStatus:
         """Starts a new job for the study and follows it to its end."""
         job = self._next_job(name, StudyRunningError)
-        self._start(name, job, "resume", {}, None, trials=trials)
+        self._start(name, job, "resume", {}, None, None, trials=trials)
         display.tell(f"study {name} goes on as job {job}; it does not need this command")
         return self.follow(name, display)
 
@@ -127,8 +128,15 @@ class RemoteStudies:
         return f"{name}-{max(numbers, default=0) + 1}"
 
     def _start(
-        self, name: str, job: str, what: str, metadata: Mapping[str, str], package: str | None, **arguments: Any
-    ) -> str:
+        self,
+        name: str,
+        job: str,
+        what: str,
+        metadata: Mapping[str, str],
+        package: str | None,
+        patience_s: float | None,
+        **arguments: Any,
+    ) -> None:
         request = self._request(what, study=name, **arguments)
         try:
             self._dashboard.submit(job, _entrypoint(request), {STUDY: name, **metadata}, package)
@@ -137,10 +145,9 @@ class RemoteStudies:
                 raise
             found = f"job {job} was handed in at the same moment"  # its id is the lock: Ray takes it once
             raise StudyExistsError(Problem("name", "is not taken", found, "another name (--name)")) from error
-        for document in self._answers(request, job, QUEUE_S):
+        for document in self._answers(request, job, patience_s):
             if "begun" in document:
-                break
-        return job
+                return
 
     # How a question is asked
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,17 +14,6 @@ from program import Program, Run, scores, wait_until
 from toys import curve, read_notes
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A head and one worker of 2 CPUs."""
-    found = Cluster()
-    try:
-        found.add_worker(cpus=2)
-        yield found
-    finally:
-        found.close()
 
 
 @pytest.fixture

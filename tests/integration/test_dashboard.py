@@ -20,16 +20,6 @@ from tune_service import metrics
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    found = Cluster()
-    try:
-        found.add_worker(cpus=2)
-        yield found
-    finally:
-        found.close()
-
-
 @pytest.fixture
 def browser(cluster: Cluster) -> Iterator[Browser]:
     """Signed in, as the dashboard's own form does it."""
