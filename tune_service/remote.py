@@ -139,7 +139,7 @@ class RemoteStudies:
     ) -> None:
         request = self._request(what, study=name, **arguments)
         try:
-            self._dashboard.submit(job, _entrypoint(request), {STUDY: name, **metadata}, package)
+            self._dashboard.submit(job, _entrypoint(request), {STUDY: name, "job_name": name, **metadata}, package)
         except DashboardError as error:
             if self._dashboard.job(job) is None:
                 raise
@@ -160,7 +160,8 @@ class RemoteStudies:
         """The documents that answer a question. Raises what the head says is wrong."""
         request = self._request(what, **arguments)
         job = f"{QUESTION}-{what}-{request['word']}"
-        metadata = {QUESTION: f"{what} {arguments.get('study', '')}".strip()}
+        title = f"{what} {arguments.get('study', '')}".strip()
+        metadata = {QUESTION: title, "job_name": title}
         self._dashboard.submit(job, _entrypoint(request), metadata)
         is_answered = False
         try:
@@ -173,8 +174,8 @@ class RemoteStudies:
                 self._tidy(job)
 
     def _request(self, what: str, **arguments: Any) -> dict[str, Any]:
-        common = {"what": what, "word": secrets.token_hex(8), "version": __version__, "storage": self._storage}
-        return common | arguments
+        own = {"storage": self._storage, "version": __version__, "word": secrets.token_hex(8)}
+        return {"what": what, **arguments, **own}  # in the order in which people read it in a list of jobs
 
     def _answers(self, request: Mapping[str, Any], job: str, patience_s: float | None = None) -> Iterator[Any]:
         """What the head answers, as it comes, until its end; with patience, no longer than that."""
