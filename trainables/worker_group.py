@@ -282,4 +282,4 @@ def _one_line(error: Exception) -> str:
     """Ray's messages are paragraphs; the first line that says something is enough beside the log."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if "cause" in line.lower()]
-    return (causes or lines or [type(error).__name__])[0]
+    return (causes or lines or [type(error).__name__])[0].partition(" Some common causes")[0]
