@@ -15,6 +15,8 @@ from tune_service.errors import SpecError
 from tune_service.parcel import SPEC, pack
 from tune_service.spec import StudySpec, beside, moved, parse_spec
 
+ORIGINS = ".tune-service/origins.json"
+
 
 def finetune(folder: Path, **sections: Any) -> StudySpec:
     spec = {"name": "s", "model": {"name": "gpt2"}, "data": {"task": "mrpc"}, "search_space": "gpt2"} | sections
@@ -44,7 +46,8 @@ def test_local_data_and_a_local_model_go_along_and_the_spec_names_them_there(tmp
     touch(here / "gpt/.cache/x")
     touch(here / "other/huge")
     files = packed(finetune(here, data={"task": "mrpc", "path": "data"}, model={"name": "./gpt"}), tmp_path)
-    assert sorted(files) == [".tune-service/data/train.csv", ".tune-service/model/config.json", SPEC]
+    own = [".tune-service/data/train.csv", ".tune-service/model/config.json", ORIGINS, SPEC]
+    assert sorted(files) == own
     spec = json.loads(files[SPEC])
     assert (spec["data"]["path"], spec["model"]["name"]) == (".tune-service/data", ".tune-service/model")
 
@@ -52,7 +55,7 @@ def test_local_data_and_a_local_model_go_along_and_the_spec_names_them_there(tmp
 def test_a_hub_model_and_a_folder_of_the_clusters_own_stay_as_they_are(tmp_path: Path) -> None:
     files = packed(finetune(tmp_path, data={"task": "mrpc", "path": "/of/the/cluster"}), tmp_path)
     spec = json.loads(files[SPEC])
-    assert (list(files), spec["data"]["path"], spec["model"]["name"]) == ([SPEC], "/of/the/cluster", "gpt2")
+    assert (sorted(files), spec["data"]["path"], spec["model"]["name"]) == ([ORIGINS, SPEC], "/of/the/cluster", "gpt2")
 
 
 def test_a_local_folder_that_is_not_there_is_a_fault(tmp_path: Path) -> None:
@@ -68,7 +71,7 @@ def test_the_users_code_goes_along_without_what_is_hidden_compiled_or_a_result(
     for name in ("bakery.py", "recipes/rye.json", ".git/HEAD", "__pycache__/a.pyc", "venv/pyvenv.cfg", "venv/lib/b.py"):
         touch(here / name)
     touch(here / "studies/old/record.journal")
-    assert sorted(packed(own(here), tmp_path)) == [SPEC, "bakery.py", "recipes/rye.json"]
+    assert sorted(packed(own(here), tmp_path)) == [ORIGINS, SPEC, "bakery.py", "recipes/rye.json"]
 
 
 def test_a_module_on_pythonpath_goes_along_and_an_installed_one_does_not(
@@ -81,12 +84,13 @@ def test_a_module_on_pythonpath_goes_along_and_an_installed_one_does_not(
     for folder in ("path", "site-packages"):
         monkeypatch.syspath_prepend(str(tmp_path / folder))
     assert sorted(packed(own(tmp_path / "here", "oven.heat:train"), tmp_path)) == [
+        ORIGINS,
         SPEC,
         "oven/__init__.py",
         "oven/heat.py",
         "spec.yaml",
     ]
-    assert sorted(packed(own(tmp_path / "here", "shop:train"), tmp_path)) == [SPEC, "spec.yaml"]
+    assert sorted(packed(own(tmp_path / "here", "shop:train"), tmp_path)) == [ORIGINS, SPEC, "spec.yaml"]
 
 
 def test_the_same_content_is_the_same_package(tmp_path: Path) -> None:
@@ -116,3 +120,13 @@ def test_a_spec_moves_with_its_folder_and_is_relative_to_a_ranks_copy(tmp_path: 
     seen = beside(kept, tmp_path / "kept")
     assert seen.data is not None and seen.data.path == ".tune-service/data"
     assert seen.model is not None and seen.model.name == "gpt2"
+
+
+def test_where_a_shipped_folder_was_at_home_is_known_on_the_cluster(tmp_path: Path) -> None:
+    touch(tmp_path / "here/data/train.csv")
+    packed(finetune(tmp_path / "here", data={"task": "mrpc", "path": "data"}), tmp_path)
+    with zipfile.ZipFile(tmp_path / "study.zip") as package:
+        package.extractall(tmp_path / "shipped")
+    there = str(tmp_path / "shipped/.tune-service/data")
+    assert parcel.origins(tmp_path / "shipped") == {there: str(tmp_path / "here/data")}
+    assert parcel.origins(tmp_path) == {}

@@ -184,3 +184,24 @@ def test_questions_do_not_pile_up_in_the_list_of_jobs(laptop: Laptop) -> None:
     laptop.json("list")
     assert sum("question" in job["metadata"] for job in laptop.cluster.jobs().values()) <= 3
     assert os.environ.get("RAY_ADDRESS") is None
+
+
+def test_a_lost_node_is_named_and_its_trials_go_on_elsewhere(laptop: Laptop) -> None:
+    faults = [{"x": x, "epoch": 3, "does": "hold"} for x in range(4)]
+    values = {"training": {"faults": faults}, "search_space": {"x": {"choice": [0, 1, 2, 3]}}}
+    size = {"budget": {"trials": 4, "concurrent_trials": None}, "resources": {"cpus_per_worker": 1}}
+    doomed = laptop.cluster.add_worker(cpus=2)
+    laptop.json("submit", laptop.program.spec("storm", values | size))
+    for x in range(4):
+        laptop.program.wait_for_note("storm", "hold", x=x, epoch=3)
+    laptop.cluster.end_node(doomed)
+    words = "was lost at"
+
+    def is_said() -> bool:
+        return words in laptop.run("status", "storm").out
+
+    wait_until(is_said, 90.0, "the status to name the node")
+    laptop.program.release("storm")
+    status = laptop.wait_for_state("storm", "completed")
+    assert [scores(trial) for trial in status["trials"]] == [curve(x, 4) for x in range(4)]
+    assert sorted(trial["restarts"] for trial in status["trials"]) == [0, 0, 1, 1]
