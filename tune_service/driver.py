@@ -120,8 +120,6 @@ class Driver:
         if text != self._noticed:
             self._noticed = text
             self._record.set_notice(text)
-            if text is not None:
-                self._tell(text)
 
     def started(self, number: int) -> None:
         """A supervisor has taken the trial, for the first time or again."""
