@@ -277,10 +277,9 @@ def test_whatever_comes_after_a_trials_end_changes_nothing(tmp_path: Path) -> No
     study = HandDriven(tmp_path)
     number = study.run(0.5)
     before = study.trial(number)
-    study.driver.started(number)
     assert not study.report(number, 2, 0.9)
     assert not study.fail(number, "late")
-    study.driver.supervisor_lost(number, "late", final=True)
+    study.driver.supervisor_lost(number, "late")
     assert study.trial(number) == before
 
 
@@ -332,8 +331,8 @@ def test_every_start_after_the_first_counts_as_a_restart(tmp_path: Path) -> None
     number = study.begin()
     assert study.trial(number).restarts == 0
     study.fail(number, "rank 0 died")
-    study.driver.supervisor_lost(number, "node gone", final=False)
-    study.driver.started(number)
+    study.driver.supervisor_lost(number, "node gone")
+    assert study.begin() == number
     assert study.trial(number).restarts == 2
     study.resume()
     assert study.begin() == number
@@ -363,20 +362,37 @@ def test_lost_supervisors_and_failed_ranks_use_up_the_same_restarts(tmp_path: Pa
     study = HandDriven(tmp_path, faults={"restarts_per_trial": 2})
     number = study.begin()
     assert study.fail(number, "rank 0 died")
-    study.driver.supervisor_lost(number, "node gone", final=False)
+    study.driver.supervisor_lost(number, "node gone")
+    assert (study.trial(number).state, study.trial(number).reason) == (
+        "paused",
+        "the trial's supervisor was lost: node gone",
+    )
+    assert study.begin() == number, "it is the next in line"
     assert study.trial(number).state == "running"
-    study.driver.started(number)
     assert not study.fail(number, "rank 0 died")
     assert (study.trial(number).state, study.trial(number).restarts) == ("failed", 2)
 
 
-@pytest.mark.parametrize("restarts", [0, 2])
-def test_a_supervisor_that_is_lost_for_good_ends_its_trial_as_failed(tmp_path: Path, restarts: int) -> None:
-    study = HandDriven(tmp_path, faults={"restarts_per_trial": restarts})
+def test_a_supervisor_that_is_lost_once_too_often_ends_its_trial_as_failed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 1})
     number = study.begin()
-    study.driver.supervisor_lost(number, "node gone", final=restarts > 0)
+    study.driver.supervisor_lost(number, "node gone")
+    assert study.begin() == number
+    study.driver.supervisor_lost(number, "node gone")
     trial = study.trial(number)
     assert (trial.state, trial.reason) == ("failed", "the trial's supervisor was lost: node gone")
+
+
+def test_a_supervisor_that_was_lost_before_it_took_its_trial_costs_a_restart_and_no_number(tmp_path: Path) -> None:
+    """Tune does not start a trial again that is handed to a warm supervisor which has died."""
+    study = HandDriven(tmp_path)
+    asked = study.driver.ask()
+    assert asked is not None
+    study.driver.handed_over(asked.number)
+    study.driver.supervisor_lost(asked.number, "node gone")
+    assert study.begin() == asked.number
+    assert study.trial(asked.number).restarts == 0, "it had not begun"
+    assert study.params() == [asked.params]
 
 
 def test_a_supervisor_that_is_silent_for_longer_than_it_said_is_overdue(
@@ -391,7 +407,7 @@ def test_a_supervisor_that_is_silent_for_longer_than_it_said_is_overdue(
     assert study.driver.poll() == []
     now += 2
     assert study.driver.poll() == [number]  # and not `other`, which is still being set up
-    study.driver.supervisor_lost(number, "killed: overdue", final=False)
+    study.driver.supervisor_lost(number, "killed: overdue")
     assert study.driver.poll() == []
     assert study.trial(other).state == "running"
 
@@ -443,7 +459,10 @@ def test_whatever_way_three_trials_fail_alike_the_study_ends(tmp_path: Path, end
                 }
             )
         else:
-            study.driver.supervisor_lost(number, "out of memory", final=True)
+            for _ in range(1 + study.spec.faults.restarts_per_trial):
+                study.driver.supervisor_lost(number, "node gone")
+                if study.trial(number).ended_at is None:
+                    assert study.begin() == number
     assert study.driver.ask() is None and study.record.failure is not None
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("as_a_rank")
 def cluster() -> Iterator[None]:
     """A Ray of this module's own, which must leave nothing behind."""
     others = set(psutil.Process().children(recursive=True))  # of tests before: they are left alone
-    with local_ray(cpus=2, gpus=0, namespace="contract") as scratch:
+    with local_ray(cpus=2, gpus=0, namespace="contract", on_lost=pytest.fail) as scratch:
         processes = set(psutil.Process().children(recursive=True)) - others
         assert processes
         yield

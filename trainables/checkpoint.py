@@ -81,9 +81,10 @@ class CheckpointStore:
 
         Raises OSError (ENOSPC) when the disk has none, CheckpointBudgetError when the study's budget has none.
         """
-        sizes = [self.num_bytes(number, epoch) for number, epochs in self.kept().items() for epoch in epochs]
-        own = [self.num_bytes(trial, epoch) for epoch in self.epochs(trial)]
-        expected = max(own or sizes, default=0)
+        trials = {trial: self.epochs(trial)}
+        if not trials[trial]:  # its first one: as large as the others'
+            trials = self.kept()
+        expected = max((self.num_bytes(number, epoch) for number in trials for epoch in trials[number]), default=0)
         self._check_budget(expected)
         self.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.root).free
@@ -101,11 +102,12 @@ class CheckpointStore:
 
     def total_bytes(self) -> int:
         """All that lies in the store, unfinished checkpoints too."""
-        sizes = 0
-        for path in self.root.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # the driver deletes what is needed no more
-                sizes += path.stat().st_size if path.is_file() else 0
-        return sizes
+        total = 0
+        for folder, _, names in os.walk(self.root):  # which passes over folders that the driver deletes meanwhile
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += Path(folder, name).stat().st_size
+        return total
 
     def folder(self, trial: int, epoch: int) -> Path:
         return self.root / f"trial-{trial:05d}" / f"epoch-{epoch:04d}"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 _COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
-_WORDS = re.compile(r"out of memory|can't allocate memory|OOM|memory pressure|running low on memory", re.IGNORECASE)
+_WORDS = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -18,8 +18,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def tells_of_memory(message: str) -> bool:
-    """Whether Ray says that it ended a process for want of memory."""
-    return bool(_WORDS.search(message))
+    """Whether Ray says that its own monitor ended a process for want of memory.
+
+    Not by the word OOM, which Ray's message on any dead process has among the common causes.
+    """
+    return "running low on memory" in message or "memory usage threshold" in message
 
 
 def num_oom_kills() -> int:

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
-from trainables.far import fetch, marked, send
+from trainables.far_ranks import FarRanks, add_to_log
 from trainables.memory import num_oom_kills, tells_of_memory
 from trainables.rank_actor import RankActor
 from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail
@@ -125,8 +125,7 @@ class RayWorkerGroup(WorkerGroup):
             ).remote(rank, workers, gpus_per_worker > 0)
             for rank in range(workers)
         ]
-        self._far: list[int] = []
-        """Ranks whose node does not see the study's folder."""
+        self._far = FarRanks(self._ask)
         self._started = False
         self._num_oom_kills = num_oom_kills()
 
@@ -135,25 +134,12 @@ class RayWorkerGroup(WorkerGroup):
         # A warm group has nothing to start and to import.
         deadline_s = self._deadline.seconds if self._started else START_DEADLINE_S
         end = time.monotonic() + deadline_s
-        self._meet(task, end)
+        self._far.meet(task, deadline_s)
         if not self._started:
             host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0])[0]
             self._ask(lambda rank: rank.rendezvous.remote(host, port), end - time.monotonic())
         self._ask(lambda rank: rank.begin.remote(task), end - time.monotonic())
-        self._fetch_logs()
         self._started = True
-
-    def _meet(self, task: Task, end: float) -> None:
-        """Finds out which ranks see the study's folder, and takes to the others what the trial goes on from."""
-        with marked(Path(task.logs)) as mark:
-            seen = self._ask(lambda rank: rank.look.remote(mark), end - time.monotonic())
-        self._far = [rank for rank, sees in enumerate(seen) if not sees]
-        for far in self._far if task.resume_from else ():
-
-            def write(path: str, data: bytes, far: int = far) -> None:
-                self._ask(lambda rank: rank.write_resume.remote(path, data), START_DEADLINE_S, only=[far])
-
-            send(write, Path(str(task.resume_from)))
 
     def next_report(self) -> RankReport | None:
         started = time.monotonic()
@@ -162,41 +148,14 @@ class RayWorkerGroup(WorkerGroup):
         if len(set(epochs)) > 1:
             raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
         self._deadline.saw(time.monotonic() - started)
-        self._fetch_logs()
+        if self._task is not None:
+            self._far.fetch_logs(self._task, self._deadline.seconds)
         first: RankReport | None = reports[0]
         # Often rank 0 alone has something to save.
         return first and replace(first, saves=any(report.saves for report in reports))
 
     def save(self, folder: Path) -> None:
-        with marked(folder) as mark:
-            listings = self._ask(lambda rank: rank.save_where.remote(str(folder), mark), self._deadline.seconds)
-        for far, listing in enumerate(listings):
-            if not listing:
-                continue
-
-            def read(path: str, offset: int, far: int = far) -> bytes:
-                piece: bytes = self._ask(
-                    lambda rank: rank.read_saved.remote(path, offset), self._deadline.seconds, only=[far]
-                )[0]
-                return piece
-
-            fetch(read, listing, folder)
-            self._ask(lambda rank: rank.drop_saved.remote(), self._deadline.seconds, only=[far])
-
-    def _fetch_logs(self) -> None:
-        """Brings what far ranks have written since to where the study's logs are."""
-        if self._far:
-            for rank, piece in zip(
-                self._far,
-                self._ask(lambda rank: rank.log_piece.remote(), self._deadline.seconds, only=self._far),
-                strict=True,
-            ):
-                self._add_to_log(rank, piece)
-
-    def _add_to_log(self, rank: int, piece: bytes) -> None:
-        if piece and self._task is not None:
-            with self._task.log_file(rank).open("ab") as file:
-                file.write(piece)
+        self._far.save(folder, self._deadline.seconds)
 
     def shutdown(self) -> None:
         for rank in self._ranks:
@@ -247,9 +206,9 @@ class RayWorkerGroup(WorkerGroup):
             return ray.get(reference)
         except RayTaskError as error:
             kind = type(error.cause) if isinstance(error.cause, TrialError) else TrialError
-            if rank in self._far:
+            if rank in self._far and self._task is not None:
                 with suppress(RayError):  # its last words; what went wrong is known without
-                    self._add_to_log(rank, ray.get(self._ranks[rank].log_piece.remote(), timeout=LAST_WORDS_S))
+                    add_to_log(self._task, rank, ray.get(self._ranks[rank].log_piece.remote(), timeout=LAST_WORDS_S))
             raise kind(_with_log(str(error.cause), self._task, rank)) from None
         except (RayActorError, GetTimeoutError) as error:
             if tells_of_memory(str(error)) or num_oom_kills() > self._num_oom_kills:
@@ -282,4 +241,4 @@ def _one_line(error: Exception) -> str:
     """Ray's messages are paragraphs; the first line that says something is enough beside the log."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if "cause" in line.lower()]
-    return (causes or lines or [type(error).__name__])[0]
+    return (causes or lines or [type(error).__name__])[0].partition(" Some common causes")[0]

@@ -56,7 +56,7 @@ def token() -> str | None:
     """The cluster's token, from where Ray looks for it; None: there is none."""
     if value := os.environ.get("RAY_AUTH_TOKEN"):
         return value.strip()
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or None
     path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
     try:
         return path.read_text(encoding="ascii").strip() or None
@@ -127,7 +127,10 @@ def _tunnel(head: Head, address: str) -> Iterator[int]:
                 if process.poll() is not None or time.monotonic() > end:
                     said.seek(0)
                     lines = said.read().strip().splitlines() or [f"no answer in {TUNNEL_TIMEOUT_S:.0f} s"]
-                    expected = "a head that runs and takes the key of the cluster file's `auth`"
+                    expected = (
+                        "a head that runs and takes the key of the cluster file's `auth`; "
+                        f"of a new head at an old address: `ssh-keygen -R {head.host}`"
+                    )
                     rule = f"an ssh tunnel to the head ({head.host}) of {address} opens"
                     raise UnreachableError(Problem("--address", rule, lines[-1], expected))
                 time.sleep(0.05)
@@ -138,11 +141,14 @@ def _tunnel(head: Head, address: str) -> Iterator[int]:
 
 
 def _ssh(head: Head, port: int) -> list[str]:
+    known = Path.home() / ".ssh" / "known_hosts"
+    known.parent.mkdir(mode=0o700, exist_ok=True)
     command = ["ssh", "-N", "-L", f"127.0.0.1:{port}:127.0.0.1:{head.dashboard_port}"]
     options = {
         "BatchMode": "yes",
         "ExitOnForwardFailure": "yes",
         "StrictHostKeyChecking": "accept-new",  # a head that was seen before must be the same one
+        "UserKnownHostsFile": str(known),
         "ConnectTimeout": "15",
         "ServerAliveInterval": "10",
         "ServerAliveCountMax": "3",

@@ -8,18 +8,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from trainables.errors import Problem, UserError
 from tune_service.cluster_cli import app as cluster_app
-from tune_service.errors import CommandError, error_json, exit_code
+from tune_service.errors import CommandError, FollowEndedError, exit_code
+from tune_service.output import display as display_of
+from tune_service.output import print_failure, print_json, print_rows, print_status
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tune_service.live import StudyDisplay
     from tune_service.remote import RemoteStudies
     from tune_service.spec import StudySpec
     from tune_service.status import StudyStatus
@@ -55,7 +54,6 @@ NameOption = Annotated[str | None, typer.Option("--name", help="Overrides the sp
 DEFAULT_STORAGE = "./studies"
 _UsageFault = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """Typer's own copy of Click has it or Click itself, by version; Typer does not export it."""
-MAX_ROWS = 20
 
 
 @app.command()
@@ -71,7 +69,7 @@ def run(
 
     place = _storage(storage)
     loaded = _load(spec, overrides, name, place)
-    with _display(as_json) as display:
+    with display_of(as_json) as display:
         status = run_study(loaded, place, display)
     _print_end(status, as_json)
 
@@ -88,7 +86,7 @@ def resume(
 
     On a cluster it goes on there, and Ctrl-C ends the looking on alone.
     """
-    with _studies(storage, address) as studies, _display(as_json) as display:
+    with _studies(storage, address) as studies, display_of(as_json) as display:
         status = studies.resume(study, trials, display)
     _print_end(status, as_json)
 
@@ -109,17 +107,17 @@ def submit(
     from tune_service.submit import submit_study
 
     with _remote(storage, address) as studies:
-        name, job = submit_study(spec, overrides, name, studies)
+        name, job = submit_study(spec, overrides, name, studies, wait)
         if wait:
-            with _display(as_json) as display:
+            with display_of(as_json) as display:
                 status = studies.follow(name, display)
     if as_json:
-        _print_json({"study": name, "job": job})
+        print_json({"study": name, "job": job})
     else:
         print(f"study {name} is job {job} of {address}")
     if wait:
         if not as_json:
-            _print_status(status, as_json)
+            print_status(status, as_json)
         if status.state == "failed":
             sys.exit(1)
 
@@ -130,16 +128,9 @@ def list_(storage: StorageOption = DEFAULT_STORAGE, address: AddressOption = Non
     with _studies(storage, address) as studies:
         found = list(studies.list())
     if as_json:
-        _print_json({"studies": [row.to_json() for row in found]})
+        print_json({"studies": [row.to_json() for row in found]})
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("study", "state", "trials", "best", "metric"):
-        table.add_column(column)
-    for row in found:
-        table.add_row(row.study, row.state, str(row.trials), f"{row.best.value:.4f}" if row.best else "-", row.metric)
-    _console().print(table if found else f"no studies in {address or storage}")
+    print_rows(found, address or storage)
 
 
 @app.command()
@@ -152,7 +143,7 @@ def status(
     """Show one study: its state, its trials, its best."""
     with _studies(storage, address) as studies:
         found = studies.status(study)
-    _print_status(found, as_json)
+    print_status(found, as_json)
 
 
 @app.command()
@@ -175,10 +166,10 @@ def watch(
                     print(line, flush=True)
                     before = line
             return
-        with _display(as_json) as display:
+        with display_of(as_json) as display:
             for view in studies.views(study):
                 display.show(view)
-        _print_status(view.status(), as_json)
+        print_status(view.status(), as_json)
 
 
 @app.command()
@@ -214,7 +205,7 @@ def stop(
     """
     with _studies(storage, address) as studies:
         found = studies.stop(study, now)
-    _print_status(found, as_json)
+    print_status(found, as_json)
 
 
 @app.command()
@@ -233,7 +224,7 @@ def delete(
                 raise CommandError(Problem("--yes", "a study is deleted after a question", "no answer of yes", "--yes"))
         num_bytes = studies.delete(study)
     if as_json:
-        _print_json({"study": study, "bytes": num_bytes})
+        print_json({"study": study, "bytes": num_bytes})
     else:
         print(f"deleted {study}: {num_bytes / 1e6:.1f} MB")
 
@@ -250,7 +241,7 @@ def best(
     with _studies(storage, address) as studies:
         found = studies.best(study, out)
     if as_json:
-        _print_json(found.model_dump(mode="json") | {"path": str(out.absolute())})
+        print_json(found.model_dump(mode="json") | {"path": str(out.absolute())})
     else:
         print(f"trial {found.number}, epoch {found.epoch}, value {found.value:.4f}: {out.absolute()}")
 
@@ -275,7 +266,7 @@ def check(
         loaded = _load(spec, overrides, name, _storage(storage))  # raises, with the faults of its data and model too
     checks = [Check("spec", True, str(spec)), *run_checks(loaded, _storage(storage), this_machine())]
     if as_json:
-        _print_json({"checks": [each.to_json() for each in checks]})
+        print_json({"checks": [each.to_json() for each in checks]})
     else:
         for each in checks:
             print(f"{'ok  ' if each.ok else 'FAIL'} {each.name}: {each.found}")
@@ -291,7 +282,7 @@ def demo(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) 
     from tune_service.demo import run_demo
 
     place = _storage(storage)
-    with _display(as_json) as display:
+    with display_of(as_json) as display:
         found = run_demo(place, display)
     _print_end(found.status, as_json)
     if not as_json:
@@ -320,20 +311,8 @@ def main() -> NoReturn:
 
 
 def _fail(error: BaseException, as_json: bool) -> NoReturn:
-    _print_failure(error, as_json, sys.stdout, sys.stderr)
+    print_failure(error, as_json, sys.stdout, sys.stderr)
     sys.exit(exit_code(error))
-
-
-def _print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO) -> None:
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted; `tune-service resume` goes on", file=err)
-    if as_json:
-        print(json.dumps(error_json(error), allow_nan=False), file=out, flush=True)
-    elif isinstance(error, UserError):
-        for problem in error.problems:
-            print(f"error: {problem.place}: {problem.rule}", file=err)
-            print(f"  found:    {problem.found}", file=err)
-            print(f"  expected: {problem.expected}", file=err, flush=True)
 
 
 def _usage(error: Exception) -> str:
@@ -366,8 +345,12 @@ def _remote(storage: str, address: str) -> Iterator[RemoteStudies]:
 
     # What the environment here says is about this machine's own studies.
     is_meant = storage not in (DEFAULT_STORAGE, os.environ.get("TUNE_SERVICE_STORAGE"))
-    with connected(address) as dashboard:
-        yield RemoteStudies(dashboard, storage if is_meant else None)
+    try:
+        with connected(address) as dashboard:
+            yield RemoteStudies(dashboard, storage if is_meant else None)
+    except KeyboardInterrupt as interrupt:
+        expected = "`watch --address` to look again: what was handed to the cluster goes on there"
+        raise FollowEndedError(Problem("", "the command runs to its end", "Ctrl-C", expected)) from interrupt
 
 
 def _load(path: Path, overrides: list[str], name: str | None, storage: Storage) -> StudySpec:
@@ -380,51 +363,10 @@ def _load(path: Path, overrides: list[str], name: str | None, storage: Storage) 
     return load_spec(path, overrides, name, also=lambda spec: problems_of(run_checks(spec, storage, machine)))
 
 
-def _console() -> Console:
-    from tune_service.live import console
-
-    return console(sys.stdout)
-
-
-@contextmanager
-def _display(as_json: bool) -> Iterator[StudyDisplay]:
-    """A display on standard output; with --json, which has that for its document, on standard error."""
-    from tune_service.live import StudyDisplay, console
-    from tune_service.terminal import shown_stream
-
-    with shown_stream(1) as out, shown_stream(2) as err:
-
-        def abort(error: BaseException) -> None:
-            _print_failure(error, as_json, out, err)
-            os._exit(exit_code(error))
-
-        with StudyDisplay(console(err if as_json else out), abort) as display:
-            yield display
-
-
 def _print_end(found: StudyStatus, as_json: bool) -> None:
-    _print_status(found, as_json)
+    print_status(found, as_json)
     if found.state == "failed":
         sys.exit(1)
-    return
-
-
-def _print_status(found: StudyStatus, as_json: bool) -> None:
-    if as_json:
-        _print_json(found.to_json())
-        return
-    from tune_service.live import best_line, study_table
-
-    console = _console()
-    console.print(study_table(found, MAX_ROWS if console.is_terminal else None))
-    console.print(f"study {found.study}: {found.state}, {len(found.trials)} trials", highlight=False)
-    console.print(best_line(found), highlight=False, soft_wrap=True)
-    if found.notice is not None:
-        console.print(found.notice, style="yellow", highlight=False, soft_wrap=True)
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, allow_nan=False))
 
 
 if __name__ == "__main__":

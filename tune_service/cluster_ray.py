@@ -31,9 +31,12 @@ LOST_S = 600.0
 
 
 @contextmanager
-def joined(name: str, root: Path, working_dir: Path | None = None) -> Iterator[ThisCluster]:
-    """Joins the Ray that this job belongs to. Its files are unpacked at `root`; a job that came with none takes
-    `working_dir` along to the nodes instead."""
+def joined(name: str, came_with: Path | None, working_dir: Path | None = None) -> Iterator[ThisCluster]:
+    """Joins the Ray that this job belongs to.
+
+    `came_with` is the folder of what the study came with; None: nothing. Every rank has a copy of it: the job's own
+    working directory, or, for a job without one, `working_dir`, which is taken to the nodes now.
+    """
     os.environ |= TUNE_ENVIRONMENT
     os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what the study came with is wanted whole
     import ray
@@ -46,7 +49,7 @@ def joined(name: str, root: Path, working_dir: Path | None = None) -> Iterator[T
             runtime_env={"working_dir": str(working_dir)} if working_dir is not None else None,
         )
     try:
-        yield ThisCluster(root, Path(context.address_info["session_dir"]))
+        yield ThisCluster(came_with, Path(context.address_info["session_dir"]))
     finally:
         with undisturbed():
             ray.shutdown()  # the job's actors and placement groups end with it
@@ -55,8 +58,8 @@ def joined(name: str, root: Path, working_dir: Path | None = None) -> Iterator[T
 class ThisCluster:
     """The cluster that this process has joined, as a place for a study."""
 
-    def __init__(self, root: Path, session_dir: Path) -> None:
-        self._root = root
+    def __init__(self, came_with: Path | None, session_dir: Path) -> None:
+        self._came_with = came_with
         self._session_dir = session_dir
         self._file = cluster_file()
 
@@ -69,8 +72,9 @@ class ThisCluster:
 
     def settled(self, spec: StudySpec, folder: StudyFolder) -> StudySpec:
         """Keeps what the job came with in the study's folder: the job's own copy is gone with the job."""
-        shutil.copytree(self._root, folder.shipped)
-        return moved(spec, self._root, folder.shipped)
+        assert self._came_with is not None, "a new study comes with its spec at least"
+        shutil.copytree(self._came_with, folder.shipped)
+        return moved(spec, self._came_with, folder.shipped)
 
     def prepare(self, spec: StudySpec) -> None:
         """Nothing: Ray was joined before."""
@@ -78,10 +82,12 @@ class ThisCluster:
     @contextmanager
     def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> Iterator[ClusterSession]:
         scratch = Path(tempfile.mkdtemp(prefix="tune-"))
-        os.chdir(spec.folder)  # the job's own copy of it is Ray's, to put anew or away
+        root = spec.folder if self._came_with is not None else None
+        if root is not None:
+            os.chdir(root)  # the job's own copy of it is Ray's, to put anew or away
         claims = Claims(self._session_dir / "tune-service", spec.name)
         try:
-            yield ClusterSession(self, spec, scratch, claims)
+            yield ClusterSession(self, spec, root, scratch, claims)
         finally:
             claims.close()
             shutil.rmtree(scratch, ignore_errors=True)
@@ -93,9 +99,9 @@ class ThisCluster:
 class ClusterSession:
     """A cluster's Ray while one study runs on it, perhaps beside others."""
 
-    def __init__(self, cluster: ThisCluster, spec: StudySpec, scratch: Path, claims: Claims) -> None:
+    def __init__(self, cluster: ThisCluster, spec: StudySpec, root: Path | None, scratch: Path, claims: Claims) -> None:
         self.scratch = scratch
-        self.root: Path | None = spec.folder
+        self.root = root
         self.supervisor_bundle: Mapping[str, float] = {_head_resource(): SLIVER}
         self._cluster, self._spec, self._claims = cluster, spec, claims
         self._room = cluster.room

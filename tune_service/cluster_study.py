@@ -29,14 +29,15 @@ def run_here(storage: Storage, answer: Answer) -> None:
     root = Path.cwd()
     spec = parse_spec(json.loads((root / SPEC).read_text(encoding="utf-8")), root)
     storage.check_free(spec.name)
-    with _display(spec.name, answer) as display, joined(spec.name, root) as place:
+    with _display(spec.name, answer) as display, joined(spec.name, came_with=root) as place:
         run_study(spec, storage, display, place)
 
 
 def resume_here(name: str, trials: str | None, storage: Storage, answer: Answer) -> None:
     """Goes on with a study of this storage; what it came with lies in its folder."""
-    folder = storage.study(name)
-    with _display(name, answer) as display, joined(name, folder.shipped, folder.shipped) as place:
+    shipped = storage.study(name).shipped
+    came_with = shipped if shipped.is_dir() else None  # a study that was begun on the head itself came with nothing
+    with _display(name, answer) as display, joined(name, came_with, working_dir=came_with) as place:
         resume_study(name, trials, storage, display, place)
 
 

@@ -92,6 +92,11 @@ class Driver:
         return asked
 
     @property
+    def has_running(self) -> bool:
+        """Whether some trial was handed out and has not been left."""
+        return bool(self._out)
+
+    @property
     def has_room(self) -> bool:
         """Whether the checkpoints' budget lets one more trial run beside those that do.
 
@@ -115,13 +120,9 @@ class Driver:
         if text != self._noticed:
             self._noticed = text
             self._record.set_notice(text)
-            if text is not None:
-                self._tell(text)
 
     def started(self, number: int) -> None:
         """A supervisor has taken the trial, for the first time or again."""
-        if self._has_ended(number):
-            return  # Tune starts a trial again whose supervisor was lost after its end; `result` will stop it
         self._record.start(number)
         self._due[number] = time.monotonic() + START_DEADLINE_S + OVERDUE_MARGIN_S
 
@@ -147,17 +148,18 @@ class Driver:
         """A supervisor that was warm has been told to take the trial, which costs it no time."""
         self._due.setdefault(number, time.monotonic() + OVERDUE_MARGIN_S)
 
-    def supervisor_lost(self, number: int, why: str, final: bool) -> None:
-        """The supervisor's process is gone. Tune starts the trial again unless that is `final`."""
-        self._due.pop(number, None)
-        if self._has_ended(number):
-            return
-        reason = f"the trial's supervisor was lost: {why}"
-        if self._may_restart(number) and not final:
-            self._tell(f"trial {number}: {reason}; starting again")
-        else:
-            self._give_up(number, reason)
-            self._leave(number)
+    def supervisor_lost(self, number: int, why: str) -> None:
+        """The supervisor's process is gone, and with it Tune's trial. Ours is next in line, for another supervisor."""
+        if not self._has_ended(number):
+            reason = f"the trial's supervisor was lost: {why}"
+            if self.stopping:
+                self._record.pause(number, reason)
+            elif self._may_restart(number):
+                self._tell(f"trial {number}: {reason}; starting again")
+                self._record.pause(number, reason)
+            else:
+                self._give_up(number, reason)
+        self._leave(number)
 
     def poll(self) -> list[int]:
         """Looks for a request to stop. Returns the trials whose supervisor is overdue and must be ended."""

@@ -36,6 +36,10 @@ class AddressError(UserError):
     """What `--address` names is no cluster."""
 
 
+class FollowEndedError(UserError):
+    """Ctrl-C, while a cluster's study was looked at: it goes on."""
+
+
 class CommandError(UserError):
     """The input was right, but the command could not do it."""
 
@@ -59,7 +63,7 @@ class StudyHaltedError(CommandError):
 
 def exit_code(error: BaseException) -> int:
     """What the process ends with: 2 for wrong input, 1 for a failure, 130 after Ctrl-C."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | FollowEndedError):
         return 130
     if isinstance(error, RemoteError):
         return error.code

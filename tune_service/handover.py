@@ -21,6 +21,7 @@ from trainables.checkpoint import fsync_tree, sha256
 from trainables.errors import Problem
 from tune_service.dashboard import Dashboard
 from tune_service.errors import CommandError
+from tune_service.parcel import origins
 from tune_service.storage import Storage
 
 _PREFIX = ".export-"
@@ -42,6 +43,11 @@ def exported(name: str, word: str, storage: Storage) -> Iterator[dict[str, Any]]
     link = Path("/proc/self/fd/1").readlink().parent / f"tune-service-{word}.tar"
     try:
         best = export_best(name, folder / "best", storage)
+        config = folder / "best" / "config.yaml"
+        text = config.read_text(encoding="utf-8")
+        for there, here in origins(storage.study(name).shipped).items():
+            text = text.replace(there, here)  # a spec for the user's machine names its folders
+        config.write_text(text, encoding="utf-8")
         package = folder / "best.tar"
         with tarfile.open(package, "w") as tar:
             tar.add(folder / "best", arcname=".")

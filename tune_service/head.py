@@ -73,7 +73,7 @@ def _same_version(request: Mapping[str, Any]) -> None:
 def storage_of(request: Mapping[str, Any]) -> Storage:
     """What the laptop says, else what the head's environment says, else a folder of the head's user."""
     root = request.get("storage") or os.environ.get("TUNE_SERVICE_STORAGE") or DEFAULT_STORAGE
-    return Storage(Path(root).expanduser())
+    return Storage(Path.home() / Path(root).expanduser())
 
 
 def _list(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:

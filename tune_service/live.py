@@ -46,6 +46,7 @@ class StudyDisplay:
         self._next = 0.0
         self._began = time.monotonic()
         self._ended_before: int | None = None
+        self._noticed: str | None = None
         self._told: dict[int, tuple[str, int]] = {}
         """Trial -> what was last told of it: state and number of reports."""
 
@@ -88,8 +89,12 @@ class StudyDisplay:
         summary = self._summary(view, len(ended), best)
         if self._live is not None:
             rows = max(8, self._console.height - 10)
-            self._live.update(Group(_live_table(view, trials, rows), summary), refresh=True)
+            notice = [Text(view.notice, style="yellow")] if view.notice is not None else []
+            self._live.update(Group(_live_table(view, trials, rows), *notice, summary), refresh=True)
             return
+        if view.notice != self._noticed:
+            self._noticed = view.notice
+            self._print(view.notice or "trials wait no longer", style="yellow")
         for trial in trials:
             news = (trial.state, len(trial.reports))
             if news != self._told.get(trial.number, ("waiting", 0)):

@@ -20,6 +20,7 @@ from tune_service.spec import StudySpec
 _OWN = ".tune-service"
 SPEC = f"{_OWN}/spec.json"
 _DATA, _MODEL = f"{_OWN}/data", f"{_OWN}/model"
+_ORIGINS = f"{_OWN}/origins.json"
 _MAX_RAW_BYTES = 10 * MAX_PACKAGE_BYTES
 """More than this is not even packed."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -29,6 +30,7 @@ def pack(spec: StudySpec, to: Path) -> None:
     """Writes the zip file. SpecError when something named is neither here nor named for the cluster, or is too big."""
     mapping = spec.to_mapping()
     files: dict[str, Path] = {}
+    origins: dict[str, str] = {}
     for section, key, place in (("data", "path", _DATA), ("model", "name", _MODEL)):
         named = (mapping.get(section) or {}).get(key)
         if named is not None and Path(named).is_dir():
@@ -36,6 +38,7 @@ def pack(spec: StudySpec, to: Path) -> None:
             _check_size(f"{section}.{key}", Path(named), found)
             files |= {f"{place}/{name}": path for name, path in found.items()}
             mapping[section] = mapping[section] | {key: place}
+            origins[place] = named
         elif named is not None and Path(named).is_relative_to(spec.folder):
             rule = "a local folder exists here and is shipped; one of the cluster's is named by its absolute path there"
             raise SpecError(Problem(f"{section}.{key}", rule, f"no folder {named}", "a folder that exists"))
@@ -45,6 +48,7 @@ def pack(spec: StudySpec, to: Path) -> None:
         files |= code
     with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as package:
         package.writestr(zipfile.ZipInfo(SPEC, _EPOCH), json.dumps(mapping))
+        package.writestr(zipfile.ZipInfo(_ORIGINS, _EPOCH), json.dumps(origins))
         for name, path in sorted(files.items()):
             info = zipfile.ZipInfo(name, _EPOCH)  # no dates: the same content is the same package
             info.external_attr = (path.stat().st_mode & 0o777) << 16
@@ -55,6 +59,15 @@ def pack(spec: StudySpec, to: Path) -> None:
     size = to.stat().st_size
     if size > MAX_PACKAGE_BYTES:
         raise _too_big("data.path" if spec.is_finetune else "trainable", size, files)
+
+
+def origins(shipped: Path) -> dict[str, str]:
+    """Folder in a study's `shipped` -> where it was on the user's own machine."""
+    try:
+        found = json.loads((shipped / _ORIGINS).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # the study was begun where it is
+        return {}
+    return {str(shipped / place): str(named) for place, named in found.items()}
 
 
 def _code(spec: StudySpec) -> dict[str, Path]:

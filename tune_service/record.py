@@ -180,13 +180,18 @@ class Record:
         """A trial crashed for good."""
         self._end(number, OptunaState.FAIL, reason, None)
 
+    def pause(self, number: int, reason: str) -> None:
+        """Puts a trial back in line: it is the next to be asked for, and goes on from its last checkpoint."""
+        trial = self._trial(number)
+        if "started_at" in trial.user_attrs:
+            self._set(trial, "reason", reason)
+        self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
+
     def pause_all(self, reason: str) -> None:
-        """Puts every trial without an end back in line, to go on from its last checkpoint when the study does."""
+        """The same for every trial without an end."""
         for trial in self._trials():
             if trial.state == OptunaState.RUNNING:
-                if "started_at" in trial.user_attrs:
-                    self._set(trial, "reason", reason)
-                self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
+                self.pause(trial.number, reason)
 
     def request_stop(self, now: bool) -> None:
         """Asks the driver to end; the one thing that others than the driver write."""

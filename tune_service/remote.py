@@ -95,16 +95,17 @@ class RemoteStudies:
 
     # Studies
 
-    def submit(self, name: str, spec_text: str, package: Path) -> str:
-        """Hands a new study over. Returns its job, once the study has begun, or waits in a queue of the cluster's."""
+    def submit(self, name: str, spec_text: str, package: Path, patience_s: float | None = QUEUE_S) -> str:
+        """Hands a new study over. Returns its job once the study has begun, or after `patience_s` (None: never)."""
         job = self._next_job(name, StudyExistsError)
         uri = self._dashboard.upload(package)
-        return self._start(name, job, "run", {"spec": spec_text}, uri)
+        self._start(name, job, "run", {"spec": spec_text}, uri, patience_s)
+        return job
 
     def resume(self, name: str, trials: str | None, display: Display) -> StudyStatus:
         """Starts a new job for the study and follows it to its end."""
         job = self._next_job(name, StudyRunningError)
-        self._start(name, job, "resume", {}, None, trials=trials)
+        self._start(name, job, "resume", {}, None, None, trials=trials)
         display.tell(f"study {name} goes on as job {job}; it does not need this command")
         return self.follow(name, display)
 
@@ -127,20 +128,26 @@ class RemoteStudies:
         return f"{name}-{max(numbers, default=0) + 1}"
 
     def _start(
-        self, name: str, job: str, what: str, metadata: Mapping[str, str], package: str | None, **arguments: Any
-    ) -> str:
+        self,
+        name: str,
+        job: str,
+        what: str,
+        metadata: Mapping[str, str],
+        package: str | None,
+        patience_s: float | None,
+        **arguments: Any,
+    ) -> None:
         request = self._request(what, study=name, **arguments)
         try:
-            self._dashboard.submit(job, _entrypoint(request), {STUDY: name, **metadata}, package)
+            self._dashboard.submit(job, _entrypoint(request), {STUDY: name, "job_name": name, **metadata}, package)
         except DashboardError as error:
             if self._dashboard.job(job) is None:
                 raise
             found = f"job {job} was handed in at the same moment"  # its id is the lock: Ray takes it once
             raise StudyExistsError(Problem("name", "is not taken", found, "another name (--name)")) from error
-        for document in self._answers(request, job, QUEUE_S):
+        for document in self._answers(request, job, patience_s):
             if "begun" in document:
-                break
-        return job
+                return
 
     # How a question is asked
 
@@ -153,7 +160,8 @@ class RemoteStudies:
         """The documents that answer a question. Raises what the head says is wrong."""
         request = self._request(what, **arguments)
         job = f"{QUESTION}-{what}-{request['word']}"
-        metadata = {QUESTION: f"{what} {arguments.get('study', '')}".strip()}
+        title = f"{what} {arguments.get('study', '')}".strip()
+        metadata = {QUESTION: title, "job_name": title}
         self._dashboard.submit(job, _entrypoint(request), metadata)
         is_answered = False
         try:
@@ -166,8 +174,8 @@ class RemoteStudies:
                 self._tidy(job)
 
     def _request(self, what: str, **arguments: Any) -> dict[str, Any]:
-        common = {"what": what, "word": secrets.token_hex(8), "version": __version__, "storage": self._storage}
-        return common | arguments
+        own = {"storage": self._storage, "version": __version__, "word": secrets.token_hex(8)}
+        return {"what": what, **arguments, **own}  # in the order in which people read it in a list of jobs
 
     def _answers(self, request: Mapping[str, Any], job: str, patience_s: float | None = None) -> Iterator[Any]:
         """What the head answers, as it comes, until its end; with patience, no longer than that."""

@@ -65,7 +65,7 @@ def run_trials(
                 storage_path=str(session.scratch / "tune"),
                 callbacks=[_Hooks(driver, scheduler, tick)],
                 stop=_StudyStopper(driver),
-                failure_config=tune.FailureConfig(max_failures=spec.faults.restarts_per_trial),
+                failure_config=tune.FailureConfig(max_failures=0),  # the driver puts the trial back in line
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # checkpoints are the supervisor's
                 verbose=0,
             ),
@@ -140,7 +140,8 @@ class _StudySearcher(_NotKept, Searcher):  # type: ignore[misc]  # Ray has no ty
         slot = next(number for number in count() if number not in self._slots)
         asked = self._driver.ask()
         if asked is None:
-            return str(Searcher.FINISHED)
+            # While trials run, one of them may come back in line.
+            return None if self._driver.has_running else str(Searcher.FINISHED)
         self._slots[slot] = trial_id
         return self._config_of(asked, slot)
 
@@ -203,11 +204,8 @@ class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._driver.started(_number(trial))
 
-    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._driver.supervisor_lost(_number(trial), _error_line(trial), final=False)
-
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._driver.supervisor_lost(_number(trial), _error_line(trial), final=True)
+        self._driver.supervisor_lost(_number(trial), _error_line(trial))
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         overdue = set(self._driver.poll())
@@ -243,7 +241,8 @@ def _error_line(trial: Trial) -> str:
     """What Ray says of a supervisor's end, on one line."""
     path = trial.error_file
     lines = Path(path).read_text(errors="replace").splitlines() if path else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no word of why")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "no word of why")
+    return last.partition(" Some common causes")[0]
 
 
 def _trial_name(trial: Trial) -> str:

@@ -22,6 +22,9 @@ import yaml
 
 Found = TypeVar("Found")
 ROOT = Path(__file__).parents[2]
+SUPERVISOR = ("ray::ResourceTrainable", "ray::TrialSupervisor")
+"""A supervisor's process while it works, and while it waits."""
+RANK = "ray::_RankActor"
 
 
 @dataclass(frozen=True)
@@ -160,14 +163,16 @@ class Program:
         """The folder in which the ranks of a study write down what they do."""
         return self.folder / f"notes-{name}"
 
-    def wait_for_note(self, name: str, event: str, x: float, epoch: int, rank: int = 0) -> toys.Note:
+    def wait_for_note(
+        self, name: str, event: str, x: float, epoch: int, rank: int = 0, timeout_s: float = 90.0
+    ) -> toys.Note:
         wanted = (event, x, epoch, rank)
 
         def look() -> toys.Note | None:
             notes = toys.read_notes(self.notes(name))
             return next((note for note in notes if (note.event, note.x, note.epoch, note.rank) == wanted), None)
 
-        return wait_until(look, 90.0, f"{event} of epoch {epoch} of x={x} on rank {rank}")
+        return wait_until(look, timeout_s, f"{event} of epoch {epoch} of x={x} on rank {rank}")
 
     def release(self, name: str) -> None:
         """Lets all trials of a study go on that wait, now and later."""
@@ -196,12 +201,16 @@ class Program:
         """The supervisor's process of the trial that the rank with this pid runs: the one that is connected to it."""
         connections = self.process(rank).net_connections(kind="tcp")
         ports = {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
-        (found,) = (
-            process
-            for process in self.processes()
-            if process.name().startswith("ray::ResourceTrai")
-            and ports & {each.raddr.port for each in process.net_connections(kind="tcp") if each.raddr}
-        )
+
+        def is_connected(process: psutil.Process) -> bool:
+            try:
+                return process.name().startswith(SUPERVISOR) and bool(
+                    ports & {each.raddr.port for each in process.net_connections(kind="tcp") if each.raddr}
+                )
+            except psutil.Error:  # it has ended meanwhile
+                return False
+
+        (found,) = filter(is_connected, self.processes())
         return found
 
     def leftovers(self) -> list[str]:
