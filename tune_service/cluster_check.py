@@ -79,7 +79,7 @@ def _check_shape(draft: Draft, value: object, shape: Shape, key: str) -> None:
             for number, inner in enumerate(value):
                 _check_shape(draft, inner, item, f"{key}[{number}]")
         case frozenset():
-            if value not in shape:
+            if not isinstance(value, str) or value not in shape:
                 draft.fault(key, "only some words stand here", value, _near(str(value), shape))
         case type():
             if type(value) is not shape:
@@ -138,6 +138,9 @@ def _check_defaults(draft: Draft, kind: str) -> None:
     if not raw.get("setup_commands"):
         found = "none, for which Ray installs its nightly build"
         draft.fault("setup_commands", "the nodes install pinned packages", found, "those of cluster init")
+    if "available_node_types" not in raw:
+        draft.fault("available_node_types", "the machines are chosen", "none: Ray has its own", "those of cluster init")
+        return
     for name, node_type in raw["available_node_types"].items() if kind == "aws" else ():
         if "ImageId" not in node_type["node_config"]:
             key = f"available_node_types.{name}.node_config"

@@ -92,6 +92,7 @@ def cluster_shape(provider: str) -> Shape:
     """The shape of a whole cluster file for aws, gcp or local."""
     shape = _of_schema(_ray_schema())
     assert isinstance(shape, dict)
+    shape["file_mounts"] = {"*": str}
     shape["provider"] = _ANY_PROVIDER | _PROVIDERS[provider]
     if provider == "local":
         del shape["available_node_types"], shape["head_node_type"]  # Ray makes the one type of such a cluster itself
