@@ -43,13 +43,15 @@ _PROVIDERS: dict[str, dict[str, Shape]] = {
 }
 
 _DISK: Shape = {
-    **dict.fromkeys(("autoDelete", "boot", "deviceName", "diskEncryptionKey", "diskSizeGb", "forceAttach")),
-    **dict.fromkeys(("guestOsFeatures", "index", "interface", "kind", "mode", "savedState", "source", "type")),
+    **dict.fromkeys(("autoDelete", "boot", "forceAttach"), bool),
+    **dict.fromkeys(("deviceName", "interface", "kind", "mode", "savedState", "source", "type"), str),
+    **dict.fromkeys(("diskEncryptionKey", "diskSizeGb", "guestOsFeatures", "index")),
     "initializeParams": {
-        **dict.fromkeys(("architecture", "description", "diskName", "diskSizeGb", "diskType", "labels", "licenses")),
+        **dict.fromkeys(("architecture", "description", "diskName", "diskType", "sourceImage", "sourceSnapshot"), str),
+        **dict.fromkeys(("diskSizeGb", "labels", "licenses")),
         **dict.fromkeys(("enableConfidentialCompute", "onUpdateAction", "provisionedIops", "provisionedThroughput")),
-        **dict.fromkeys(("replicaZones", "resourceManagerTags", "resourcePolicies", "sourceImage", "storagePool")),
-        **dict.fromkeys(("sourceImageEncryptionKey", "sourceSnapshot", "sourceSnapshotEncryptionKey")),
+        **dict.fromkeys(("replicaZones", "resourceManagerTags", "resourcePolicies", "storagePool")),
+        **dict.fromkeys(("sourceImageEncryptionKey", "sourceSnapshotEncryptionKey")),
     },
 }
 _NETWORK_INTERFACE: Shape = {
