@@ -24,7 +24,7 @@ from tune_service.storage import StudyFolder
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TOKEN = HOME / ".ray/auth_token"
-NUM_EPOCHS = 6
+NUM_EPOCHS = 20
 
 
 @pytest.fixture(scope="module")
