@@ -55,7 +55,7 @@ def write_spec(client: Machine) -> None:
         "scheduler": {"name": "none"},
         "budget": {"trials": 2},
         "resources": {"workers": 2, "gpus_per_worker": 0, "cpus_per_worker": 1},
-        "faults": {"restarts_per_trial": 4},
+        "faults": {"restarts_per_trial": 8},
     }
     (folder / "films.yaml").write_text(yaml.safe_dump(spec))
 
