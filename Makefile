@@ -1,6 +1,6 @@
 # Sets everything up in .venv, then runs what is asked for. Needs only make and Python 3.11 or 3.12.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint benchmarks clean
+.PHONY: help install install-gcp demo test slow lint benchmarks clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint        lint and types alone'
 	@echo 'make benchmarks  every script in tests/benchmarks'
 	@echo 'make install     only set up .venv, which all of the above do by themselves'
+	@echo 'make install-gcp adds what Ray needs for clusters on Google Cloud'
 	@echo 'make clean       remove .venv and all caches'
 	@echo 'make PYTHON=/path/to/python3.12 test names the interpreter; make PIP_FLAGS=-v install shows what pip does.'
 
@@ -45,6 +46,9 @@ benchmarks: install
 clean:
 	rm -rf .venv build .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install-gcp: install
+	@sed -n 's/^#gcp //p' requirements.lock | $(PIP) install $(PIP_FLAGS) --no-deps -r /dev/stdin
 
 # Both stamps come last in their recipes: an interrupted install does not count. The packages are installed from
 # scratch, so that nothing of an older lock stays; a change of pyproject.toml alone takes seconds.

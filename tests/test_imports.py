@@ -23,10 +23,17 @@ FORBIDDEN = {
 
 ONLY_IN = {
     "colossalai": {"trainables/parallel.py"},
+    "boto3": {"tune_service/cluster_firewall.py"},
+    "botocore": {"tune_service/cluster_firewall.py", "tune_service/cluster_keys.py"},
     "ray": {
+        "trainables/rank_actor.py",
         "trainables/trial.py",
         "trainables/worker_group.py",
+        "tune_service/autoscaler.py",
+        "tune_service/cluster_check.py",
+        "tune_service/cluster_ray.py",
         "tune_service/local_ray.py",
+        "tune_service/metrics.py",
         "tune_service/tuner.py",
     },
     "torch": {
@@ -51,6 +58,10 @@ LIGHT = (
     "tune_service.spec",
     "tune_service.machine",
     "tune_service.cli",
+    "tune_service.cluster_cli",
+    "tune_service.cluster_init",
+    "tune_service.remote",
+    "tune_service.submit",
 )
 """Modules that load neither torch nor ray: a spec is checked, and a command answers, before anything heavy loads."""
 

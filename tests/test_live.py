@@ -239,3 +239,15 @@ def test_accuracy_is_shown_beside_what_the_majority_class_would_reach(tmp_path: 
         clock[0] += 1.0
         display.show(study.record)
     assert "majority class 0.6840" in out.getvalue()
+
+
+def test_what_keeps_trials_waiting_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    output = io.StringIO()
+    display = StudyDisplay(Console(file=output, width=200))
+    for notice in (None, "trials wait for nodes", "trials wait for nodes", None, None):
+        study.driver.notice(notice)
+        display._next = 0.0
+        display.show(study.record)
+    lines = [line.partition(" ")[2] for line in output.getvalue().splitlines()]
+    assert lines == ["trials wait for nodes", "trials wait no longer"]

@@ -206,3 +206,8 @@ def test_whoever_only_looks_is_in_no_drivers_way(storage: Storage) -> None:
         threading.Timer(0.3, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
         with folder.driving():
             assert folder.driver_is_alive()
+
+
+def test_a_url_is_refused_and_never_taken_for_a_folder() -> None:
+    with pytest.raises(StorageError, match="object stores are not supported yet"):
+        Storage(Path("s3://my-studies/studies"))

@@ -34,6 +34,8 @@ class GroupShape:
     cpus_per_worker: float
     gpus_per_worker: float
     step_timeout_s: float | None
+    first_bundle: int = 0
+    """Of the placement group, that is a rank's: the supervisor's own comes before it where it is not empty."""
 
 
 class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
@@ -157,6 +159,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             shape.gpus_per_worker,
             ray.util.get_current_placement_group(),
             self._deadline,
+            shape.first_bundle,
         )
 
     def _drop_group(self) -> None:

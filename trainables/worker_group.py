@@ -5,23 +5,27 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
+from trainables.far_ranks import FarRanks, add_to_log
 from trainables.memory import num_oom_kills, tells_of_memory
+from trainables.rank_actor import RankActor
 from trainables.redaction import redacted
 from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail
 
 STEP_DEADLINE_MIN_S = 60.0
 STEP_DEADLINE_FACTOR = 5.0
+LAST_WORDS_S = 5.0
+"""How long a rank that failed may take to hand over the end of its log."""
 
 
 @dataclass
@@ -107,20 +111,22 @@ class RayWorkerGroup(WorkerGroup):
         gpus_per_worker: float,
         placement_group: PlacementGroup,
         deadline: StepDeadline,
+        first_bundle: int = 0,
     ) -> None:
         self._deadline = deadline
         self._task: Task | None = None
-        actor_class = ray.remote(_RankActor)
+        actor_class = ray.remote(RankActor)
         self._ranks: list[Any] = [
             actor_class.options(
                 name=_free_name(f"{name} rank {rank}"),
                 num_cpus=cpus_per_worker,
                 num_gpus=gpus_per_worker,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, first_bundle + rank),
                 max_restarts=0,
             ).remote(rank, workers, gpus_per_worker > 0)
             for rank in range(workers)
         ]
+        self._far = FarRanks(self._ask)
         self._started = False
         self._num_oom_kills = num_oom_kills()
 
@@ -129,6 +135,7 @@ class RayWorkerGroup(WorkerGroup):
         # A warm group has nothing to start and to import.
         deadline_s = self._deadline.seconds if self._started else START_DEADLINE_S
         end = time.monotonic() + deadline_s
+        self._far.meet(task, deadline_s)
         if not self._started:
             host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0])[0]
             self._ask(lambda rank: rank.rendezvous.remote(host, port), end - time.monotonic())
@@ -142,12 +149,14 @@ class RayWorkerGroup(WorkerGroup):
         if len(set(epochs)) > 1:
             raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
         self._deadline.saw(time.monotonic() - started)
+        if self._task is not None:
+            self._far.fetch_logs(self._task, self._deadline.seconds)
         first: RankReport | None = reports[0]
         # Often rank 0 alone has something to save.
         return first and replace(first, saves=any(report.saves for report in reports))
 
     def save(self, folder: Path) -> None:
-        self._ask(lambda rank: rank.save.remote(str(folder)), self._deadline.seconds)
+        self._far.save(folder, self._deadline.seconds)
 
     def shutdown(self) -> None:
         for rank in self._ranks:
@@ -198,6 +207,9 @@ class RayWorkerGroup(WorkerGroup):
             return ray.get(reference)
         except RayTaskError as error:
             kind = type(error.cause) if isinstance(error.cause, TrialError) else TrialError
+            if rank in self._far and self._task is not None:
+                with suppress(RayError):  # its last words; what went wrong is known without
+                    add_to_log(self._task, rank, ray.get(self._ranks[rank].log_piece.remote(), timeout=LAST_WORDS_S))
             raise kind(_with_log(str(error.cause), self._task, rank)) from None
         except (RayActorError, GetTimeoutError) as error:
             if tells_of_memory(str(error)) or num_oom_kills() > self._num_oom_kills:
@@ -211,15 +223,6 @@ def _with_log(message: str, task: Task | None, rank: int) -> str:
     if task is None or not tail:
         return redacted(message)
     return redacted(f"{message}\nLast lines of {task.log_file(rank).name}:\n{tail}")
-
-
-class _RankActor(RankWorker):
-    """A RankWorker in a process of Ray's."""
-
-    def endpoint(self) -> tuple[str, int]:
-        """(address, free port) of this rank's node."""
-        host = ray.util.get_node_ip_address()
-        return host, self.free_port(host)
 
 
 def _free_name(name: str) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from trainables.checkpoint import CheckpointStore, Manifest, fsync_tree, write_json
 from trainables.errors import Problem
-from tune_service.errors import CommandError, OutputNotEmptyError
+from tune_service.errors import CommandError
 from tune_service.record import Record
 from tune_service.spec import StudySpec, dump_yaml, spec_for_trial
 from tune_service.status import BestTrial, StudyStatus
-from tune_service.storage import Storage
+from tune_service.storage import Storage, check_out
 from tune_service.study import stored_spec
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -25,10 +25,7 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     and CommandError when the study has no best trial or `out` cannot be written.
     """
     folder = storage.study(name)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputNotEmptyError(
-            Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name")
-        )
+    check_out(out)
     record = Record.open(folder)
     status = record.status(deep=True)
     if status.best is None:

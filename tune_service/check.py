@@ -19,7 +19,7 @@ from trainables.data import TextData, read_texts
 from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
 from trainables.model_files import check_model_files, least_parameters
-from tune_service.machine import Machine, fit, resource_problems
+from tune_service.place import Room
 from tune_service.spec import StudySpec
 from tune_service.storage import Storage
 
@@ -43,14 +43,14 @@ class Check:
         return {key: value for key, value in asdict(self).items() if key != "problems"}
 
 
-def run_checks(spec: StudySpec, storage: Storage, machine: Machine) -> list[Check]:
+def run_checks(spec: StudySpec, storage: Storage, room: Room) -> list[Check]:
     """Looks at all that a study of this spec needs. The name is not looked up: `check` serves existing studies too.
 
     What a half-read spec lacks, such as `data`, is passed over.
     """
     checks = [
         _check("storage", lambda: _storage(storage)),
-        _check("resources", lambda: _resources(spec, machine)),
+        _check("resources", lambda: _resources(spec, room)),
     ]
     model, data = spec.model, spec.data
     if not spec.is_finetune:
@@ -98,10 +98,9 @@ def _storage(storage: Storage) -> str:
     return f"{storage.root} can be written"
 
 
-def _resources(spec: StudySpec, machine: Machine) -> str:
-    _raised(resource_problems(spec.resources, machine))
-    room = fit(spec.resources, machine, spec.budget.concurrent_trials)
-    return f"{machine.cpus} CPUs, {machine.gpus} GPUs: {room} trials at once"
+def _resources(spec: StudySpec, room: Room) -> str:
+    _raised(room.problems(spec.resources))
+    return f"{room.offer()}: {room.fit(spec.resources, spec.budget.concurrent_trials)} trials at once"
 
 
 def _checkpoints(spec: StudySpec, model: ModelConfig, storage: Storage) -> str:

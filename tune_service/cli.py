@@ -9,21 +9,23 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from trainables.errors import Problem, UserError
 from trainables.redaction import redacted
-from tune_service.errors import CommandError, StorageError, error_json, exit_code
+from tune_service.cluster_cli import app as cluster_app
+from tune_service.errors import CommandError, FollowEndedError, exit_code
+from tune_service.output import display as display_of
+from tune_service.output import print_failure, print_json, print_rows, print_status
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tune_service.live import StudyDisplay
+    from tune_service.remote import RemoteStudies
     from tune_service.spec import StudySpec
     from tune_service.status import StudyStatus
     from tune_service.storage import Storage
+    from tune_service.studies import Studies
 
 app = typer.Typer(
     add_completion=False,
@@ -32,9 +34,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Tunes hyperparameters of transformers: Optuna-guided trials, scheduled by Ray Tune, stopped early by ASHA.",
 )
+app.add_typer(cluster_app, name="cluster")
 
 StorageOption = Annotated[
-    str, typer.Option("--storage", envvar="TUNE_SERVICE_STORAGE", help="Folder that holds the studies.")
+    str,
+    typer.Option(
+        "--storage", envvar="TUNE_SERVICE_STORAGE", help="Folder that holds the studies; a cluster has its own."
+    ),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL|FILE", help="Of a cluster: its dashboard's URL, or its cluster.yaml."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Spec = Annotated[Path, typer.Argument(help="The spec file (YAML).", show_default=False)]
@@ -46,7 +56,6 @@ NameOption = Annotated[str | None, typer.Option("--name", help="Overrides the sp
 DEFAULT_STORAGE = "./studies"
 _UsageFault = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """Typer's own copy of Click has it or Click itself, by version; Typer does not export it."""
-MAX_ROWS = 20
 
 
 @app.command()
@@ -62,7 +71,7 @@ def run(
 
     place = _storage(storage)
     loaded = _load(spec, overrides, name, place)
-    with _display(as_json) as display:
+    with display_of(as_json) as display:
         status = run_study(loaded, place, display)
     _print_end(status, as_json)
 
@@ -72,83 +81,97 @@ def resume(
     study: Study,
     trials: Annotated[str | None, typer.Option("--trials", help="+20 adds to the budget, 80 sets it.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a study that was stopped or cut off, or extend one."""
-    from tune_service.study import resume_study
+    """Go on with a study that was stopped or cut off, or extend one.
 
-    place = _storage(storage)
-    with _display(as_json) as display:
-        status = resume_study(study, trials, place, display)
+    On a cluster it goes on there, and Ctrl-C ends the looking on alone.
+    """
+    with _studies(storage, address) as studies, display_of(as_json) as display:
+        status = studies.resume(study, trials, display)
     _print_end(status, as_json)
 
 
-@app.command("list")
-def list_(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) -> None:
-    """List the studies of a storage."""
-    from tune_service.record import Record
+@app.command()
+def submit(
+    spec: Spec,
+    address: Annotated[str, AddressOption.__metadata__[0]],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the study to its end; its exit code is then this one's.")
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
+    name: NameOption = None,
+    storage: StorageOption = DEFAULT_STORAGE,
+    as_json: JsonOption = False,
+) -> None:
+    """Hand a study to a cluster, which runs it whatever becomes of this machine."""
+    from tune_service.submit import submit_study
 
-    found = []
-    for folder in _storage(storage).studies():
-        try:
-            found.append(Record.open(folder).status())
-        except StorageError as error:  # one broken record hides no other study
-            print(f"left out {error}", file=sys.stderr)
+    with _remote(storage, address) as studies:
+        name, job = submit_study(spec, overrides, name, studies, wait)
+        if wait:
+            with display_of(as_json) as display:
+                status = studies.follow(name, display)
     if as_json:
-        rows = [
-            {"study": each.study, "state": each.state, "trials": len(each.trials), "best": _best_json(each)}
-            for each in found
-        ]
-        _print_json({"studies": rows})
+        print_json({"study": name, "job": job})
+    else:
+        print(f"study {name} is job {job} of {address}")
+    if wait:
+        if not as_json:
+            print_status(status, as_json)
+        if status.state == "failed":
+            sys.exit(1)
+
+
+@app.command("list")
+def list_(storage: StorageOption = DEFAULT_STORAGE, address: AddressOption = None, as_json: JsonOption = False) -> None:
+    """List the studies of a storage."""
+    with _studies(storage, address) as studies:
+        found = list(studies.list())
+    if as_json:
+        print_json({"studies": [row.to_json() for row in found]})
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("study", "state", "trials", "best", "metric"):
-        table.add_column(column)
-    for each in found:
-        best = f"{each.best.value:.4f}" if each.best else "-"
-        table.add_row(each.study, each.state, str(len(each.trials)), best, each.objective.metric)
-    _console().print(table if found else f"no studies in {storage}")
+    print_rows(found, address or storage)
 
 
 @app.command()
-def status(study: Study, storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) -> None:
+def status(
+    study: Study,
+    storage: StorageOption = DEFAULT_STORAGE,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show one study: its state, its trials, its best."""
-    from tune_service.record import Record
-
-    _print_status(Record.open(_storage(storage).study(study)).status(deep=True), as_json)
+    with _studies(storage, address) as studies:
+        found = studies.status(study)
+    print_status(found, as_json)
 
 
 @app.command()
-def watch(study: Study, storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) -> None:
+def watch(
+    study: Study,
+    storage: StorageOption = DEFAULT_STORAGE,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Follow a study until it ends.
 
     With --json, one document a line.
     """
-    import time
-
-    from tune_service.live import StudyDisplay
-    from tune_service.record import Record
-
-    record = Record.open(_storage(storage).study(study))
-    if not as_json:
-        with StudyDisplay(_console()) as display:
-            while record.folder.driver_is_alive():
-                display.show(record)
-                time.sleep(0.5)
-        _print_status(record.status(), as_json)
-        return
-    before = ""
-    while True:
-        found = record.status()
-        line = json.dumps(found.to_json(), allow_nan=False)
-        if line != before:
-            print(line, flush=True)
-            before = line
-        if found.state != "running":
+    with _studies(storage, address) as studies:
+        if as_json:
+            before = ""
+            for view in studies.views(study):
+                line = json.dumps(view.status().to_json(), allow_nan=False)
+                if line != before:
+                    print(line, flush=True)
+                    before = line
             return
-        time.sleep(0.5)
+        with display_of(as_json) as display:
+            for view in studies.views(study):
+                display.show(view)
+        print_status(view.status(), as_json)
 
 
 @app.command()
@@ -156,28 +179,18 @@ def logs(
     study: Study,
     trial: Annotated[int | None, typer.Option("--trial", help="Only this trial.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Follow the logs of a study's ranks.
 
     With --json, one document a line.
     """
-    import time
-
-    folder = _storage(storage).study(study)
-    shown: dict[Path, int] = {}
-    while True:
-        alive = folder.driver_is_alive()
-        for path in folder.rank_logs(trial):
-            text = path.read_bytes()[shown.get(path, 0) :]
-            if alive:  # the last line may not be whole yet
-                text = text[: text.rfind(b"\n") + 1]
-            shown[path] = shown.get(path, 0) + len(text)
-            for line in text.decode(errors="replace").splitlines():
-                print(json.dumps({"file": path.name, "line": line}) if as_json else f"{path.stem}: {line}", flush=True)
-        if not alive:
-            return
-        time.sleep(0.5)
+    with _studies(storage, address) as studies:
+        for piece in studies.logs(study, trial):
+            name = piece.file.removesuffix(".log")
+            for line in piece.lines:
+                print(json.dumps({"file": piece.file, "line": line}) if as_json else f"{name}: {line}", flush=True)
 
 
 @app.command()
@@ -185,15 +198,16 @@ def stop(
     study: Study,
     now: Annotated[bool, typer.Option("--now", help="At once, not at each trial's next report.")] = False,
     storage: StorageOption = DEFAULT_STORAGE,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """End a study's trials; `resume` goes on.
 
     Waits until they have ended.
     """
-    from tune_service.study import stop_study
-
-    _print_status(stop_study(study, now, _storage(storage)), as_json)
+    with _studies(storage, address) as studies:
+        found = studies.stop(study, now)
+    print_status(found, as_json)
 
 
 @app.command()
@@ -201,19 +215,18 @@ def delete(
     study: Study,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     storage: StorageOption = DEFAULT_STORAGE,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Delete a study: its record and its checkpoints."""
-    from tune_service.study import delete_study
-
-    place = _storage(storage)
-    folder = place.study(study)
-    question = f"Delete {folder.path} with all its checkpoints?"
-    if not yes and not (sys.stdin.isatty() and typer.confirm(question, err=True)):
-        raise CommandError(Problem("--yes", "a study is deleted after a question", "no answer of yes", "--yes"))
-    num_bytes = delete_study(study, place)
+    with _studies(storage, address) as studies:
+        if not yes:
+            question = f"Delete {studies.where(study)} with all its checkpoints?"
+            if not (sys.stdin.isatty() and typer.confirm(question, err=True)):
+                raise CommandError(Problem("--yes", "a study is deleted after a question", "no answer of yes", "--yes"))
+        num_bytes = studies.delete(study)
     if as_json:
-        _print_json({"study": study, "bytes": num_bytes})
+        print_json({"study": study, "bytes": num_bytes})
     else:
         print(f"deleted {study}: {num_bytes / 1e6:.1f} MB")
 
@@ -223,14 +236,14 @@ def best(
     study: Study,
     out: Annotated[Path, typer.Option("--out", help="A new or an empty folder.", show_default=False)],
     storage: StorageOption = DEFAULT_STORAGE,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export the best trial: model, tokenizer, config and metrics."""
-    from tune_service.best import export_best
-
-    found = export_best(study, out, _storage(storage))
+    with _studies(storage, address) as studies:
+        found = studies.best(study, out)
     if as_json:
-        _print_json(found.model_dump(mode="json") | {"path": str(out.absolute())})
+        print_json(found.model_dump(mode="json") | {"path": str(out.absolute())})
     else:
         print(f"trial {found.number}, epoch {found.epoch}, value {found.value:.4f}: {out.absolute()}")
 
@@ -255,7 +268,7 @@ def check(
         loaded = _load(spec, overrides, name, _storage(storage))  # raises, with the faults of its data and model too
     checks = [Check("spec", True, str(spec)), *run_checks(loaded, _storage(storage), this_machine())]
     if as_json:
-        _print_json({"checks": [each.to_json() for each in checks]})
+        print_json({"checks": [each.to_json() for each in checks]})
     else:
         for each in checks:
             print(f"{'ok  ' if each.ok else 'FAIL'} {each.name}: {each.found}")
@@ -271,7 +284,7 @@ def demo(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) 
     from tune_service.demo import run_demo
 
     place = _storage(storage)
-    with _display(as_json) as display:
+    with display_of(as_json) as display:
         found = run_demo(place, display)
     _print_end(found.status, as_json)
     if not as_json:
@@ -301,20 +314,8 @@ def main() -> NoReturn:
 
 
 def _fail(error: BaseException, as_json: bool) -> NoReturn:
-    _print_failure(error, as_json, sys.stdout, sys.stderr)
+    print_failure(error, as_json, sys.stdout, sys.stderr)
     sys.exit(exit_code(error))
-
-
-def _print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO) -> None:
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted; `tune-service resume` goes on", file=err)
-    if as_json:
-        print(json.dumps(error_json(error), allow_nan=False), file=out, flush=True)
-    elif isinstance(error, UserError):
-        for problem in error.problems:
-            print(f"error: {problem.place}: {problem.rule}", file=err)
-            print(f"  found:    {problem.found}", file=err)
-            print(f"  expected: {problem.expected}", file=err, flush=True)
 
 
 def _usage(error: Exception) -> str:
@@ -328,6 +329,33 @@ def _storage(root: str) -> Storage:
     return Storage(Path(root))
 
 
+@contextmanager
+def _studies(storage: str, address: str | None) -> Iterator[Studies]:
+    """The studies that a command is about: of a folder here, or of a cluster."""
+    if address is None:
+        from tune_service.studies import LocalStudies
+
+        yield LocalStudies(_storage(storage))
+    else:
+        with _remote(storage, address) as found:
+            yield found
+
+
+@contextmanager
+def _remote(storage: str, address: str) -> Iterator[RemoteStudies]:
+    from tune_service.address import connected
+    from tune_service.remote import RemoteStudies
+
+    # What the environment here says is about this machine's own studies.
+    is_meant = storage not in (DEFAULT_STORAGE, os.environ.get("TUNE_SERVICE_STORAGE"))
+    try:
+        with connected(address) as dashboard:
+            yield RemoteStudies(dashboard, storage if is_meant else None)
+    except KeyboardInterrupt as interrupt:
+        expected = "`watch --address` to look again: what was handed to the cluster goes on there"
+        raise FollowEndedError(Problem("", "the command runs to its end", "Ctrl-C", expected)) from interrupt
+
+
 def _load(path: Path, overrides: list[str], name: str | None, storage: Storage) -> StudySpec:
     """The spec with all that is wrong with it, its data, its model and this machine, in one SpecError."""
     from tune_service.check import problems_of, run_checks
@@ -338,53 +366,10 @@ def _load(path: Path, overrides: list[str], name: str | None, storage: Storage) 
     return load_spec(path, overrides, name, also=lambda spec: problems_of(run_checks(spec, storage, machine)))
 
 
-def _console() -> Console:
-    from tune_service.live import console
-
-    return console(sys.stdout)
-
-
-@contextmanager
-def _display(as_json: bool) -> Iterator[StudyDisplay]:
-    """A display on standard output; with --json, which has that for its document, on standard error."""
-    from tune_service.live import StudyDisplay, console
-    from tune_service.terminal import shown_stream
-
-    with shown_stream(1) as out, shown_stream(2) as err:
-
-        def abort(error: BaseException) -> None:
-            _print_failure(error, as_json, out, err)
-            os._exit(exit_code(error))
-
-        with StudyDisplay(console(err if as_json else out), abort) as display:
-            yield display
-
-
 def _print_end(found: StudyStatus, as_json: bool) -> None:
-    _print_status(found, as_json)
+    print_status(found, as_json)
     if found.state == "failed":
         sys.exit(1)
-    return
-
-
-def _print_status(found: StudyStatus, as_json: bool) -> None:
-    if as_json:
-        _print_json(found.to_json())
-        return
-    from tune_service.live import best_line, study_table
-
-    console = _console()
-    console.print(study_table(found, MAX_ROWS if console.is_terminal else None))
-    console.print(f"study {found.study}: {found.state}, {len(found.trials)} trials", highlight=False)
-    console.print(best_line(found), highlight=False, soft_wrap=True)
-
-
-def _best_json(found: StudyStatus) -> Any:
-    return found.best.model_dump(mode="json") if found.best else None
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, allow_nan=False))
 
 
 if __name__ == "__main__":

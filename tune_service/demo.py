@@ -18,9 +18,9 @@ from trainables.errors import Problem
 from tune_service.best import export_best
 from tune_service.errors import CommandError
 from tune_service.spec import parse_spec
-from tune_service.status import StudyStatus
+from tune_service.status import Display, StudyStatus
 from tune_service.storage import Storage
-from tune_service.study import Display, run_study
+from tune_service.study import run_study
 
 NAME = "demo"
 GOOD = (

@@ -72,6 +72,7 @@ class Driver:
         """Why the study cannot go on for now, through no fault of its trials."""
         self._next_poll = 0.0
         self._last_poll = time.monotonic()
+        self._noticed = record.notice
         self._grid: list[dict[str, Any]] | None = None
         if spec.sampler.name == "grid":
             self._grid = grid_points(spec.domains, spec.first_params(), record.budget_trials)
@@ -107,6 +108,18 @@ class Driver:
         )
         needed = 2 * (len(self._out) + 1) + waiting + 2
         return not self._out or needed * max(sizes, default=0) <= self._spec.checkpoints.budget_bytes
+
+    @property
+    def num_open(self) -> int:
+        """Trials that could run now: those without an end, and those that the budget still allows."""
+        ended = sum(not notes.open for notes in self._notes.values())
+        return 0 if self.stopping else self._record.budget_trials - ended
+
+    def notice(self, text: str | None) -> None:
+        """What people should know of the place where the trials run."""
+        if text != self._noticed:
+            self._noticed = text
+            self._record.set_notice(text)
 
     def started(self, number: int) -> None:
         """A supervisor has taken the trial, for the first time or again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trainables.errors import Problem, UserError
@@ -31,8 +32,25 @@ class StorageError(UserError):
     """The storage cannot be read or written, or is not a place that this version knows."""
 
 
+class AddressError(UserError):
+    """What `--address` names is no cluster."""
+
+
+class FollowEndedError(UserError):
+    """Ctrl-C, while a cluster's study was looked at: it goes on."""
+
+
 class CommandError(UserError):
     """The input was right, but the command could not do it."""
+
+
+class RemoteError(UserError):
+    """What a cluster's head says is wrong: the document and the exit code that the command has there."""
+
+    def __init__(self, document: Mapping[str, Any], code: int) -> None:
+        raw = document.get("errors") or [document["error"]]
+        super().__init__([Problem(**each) for each in raw])
+        self.document, self.code = dict(document), code
 
 
 class LeaseLostError(CommandError):
@@ -45,13 +63,17 @@ class StudyHaltedError(CommandError):
 
 def exit_code(error: BaseException) -> int:
     """What the process ends with: 2 for wrong input, 1 for a failure, 130 after Ctrl-C."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | FollowEndedError):
         return 130
+    if isinstance(error, RemoteError):
+        return error.code
     return 2 if isinstance(error, UserError) and not isinstance(error, CommandError) else 1
 
 
 def error_json(error: BaseException) -> dict[str, Any]:
     """The one document of a `--json` command that failed: `error`, and for a spec the list `errors`."""
+    if isinstance(error, RemoteError):
+        return error.document
     if isinstance(error, SpecError):
         return {"errors": [problem.to_json() for problem in error.problems]}
     if isinstance(error, UserError):

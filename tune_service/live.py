@@ -13,11 +13,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune_service.record import Moment, Record
 from tune_service.status import (
     BestTrial,
+    Moment,
     ObjectiveStatus,
     StudyStatus,
+    StudyView,
     TrialStatus,
     best_report,
     objective_value,
@@ -48,6 +49,7 @@ class StudyDisplay:
         self._next = 0.0
         self._began = time.monotonic()
         self._study = _Seen()
+        self._noticed: str | None = None
 
     def __enter__(self) -> StudyDisplay:
         if self._live is not None:
@@ -71,40 +73,44 @@ class StudyDisplay:
         assert self._abort is not None, "whoever drives a study can end it"
         self._abort(error)
 
-    def show(self, record: Record) -> None:
+    def show(self, view: StudyView) -> None:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + REFRESH_S
             with _reader_may_be_gone():
-                self._show(record)
+                self._show(view)
 
-    def _show(self, record: Record) -> None:
+    def _show(self, view: StudyView) -> None:
         seen = self._study
-        changed = seen.look(record)
+        changed = seen.look(view)
         best = seen.leaders[0][1] if seen.leaders else None
-        summary = self._summary(record, best)
+        summary = self._summary(view, best)
         if self._live is not None:
             rows = max(8, self._console.height - 10)
-            self._live.update(Group(_live_table(record.objective, seen, rows), summary), refresh=True)
+            notice = [Text(view.notice, style="yellow")] if view.notice is not None else []
+            self._live.update(Group(_live_table(view.objective, seen, rows), *notice, summary), refresh=True)
             return
+        if view.notice != self._noticed:
+            self._noticed = view.notice
+            self._print(view.notice or "trials wait no longer", style="yellow")
         for trial in changed:
             if seen.is_news(trial):
-                self._print(_event(trial, record.objective, summary.plain if trial.ended_at else ""))
+                self._print(_event(trial, view.objective, summary.plain if trial.ended_at else ""))
 
     def _print(self, line: str, style: str | None = None) -> None:
         stamp = datetime.now(UTC).strftime("%H:%M:%S")
         self._console.print(Text(f"{stamp} {line}", style=style or ""), soft_wrap=True)
 
-    def _summary(self, record: Record, best: BestTrial | None) -> Text:
+    def _summary(self, view: StudyView, best: BestTrial | None) -> Text:
         num_ended = self._study.num_ended
-        parts = [f"{num_ended} of {record.budget_trials} trials ended"]
+        parts = [f"{num_ended} of {view.budget_trials} trials ended"]
         if best is not None:
             parts.append(f"best {_number(best.value)} (trial {best.number}, epoch {best.epoch})")
-        if record.baseline is not None and record.objective.metric == "eval_accuracy":
-            parts.append(f"majority class {_number(record.baseline)}")
+        if view.baseline is not None and view.objective.metric == "eval_accuracy":
+            parts.append(f"majority class {_number(view.baseline)}")
         here = num_ended - self._study.num_ended_before
         if here:
-            left_s = (time.monotonic() - self._began) / here * (record.budget_trials - num_ended)
+            left_s = (time.monotonic() - self._began) / here * (view.budget_trials - num_ended)
             parts.append(f"about {_duration(left_s)} left")
         return Text(" | ".join(parts))
 
@@ -125,17 +131,17 @@ class _Seen:
         self._told: dict[int, tuple[str, int]] = {}
         """Trial without an end -> what was last told of it: state and number of reports."""
 
-    def look(self, record: Record) -> list[TrialStatus]:
+    def look(self, view: StudyView) -> list[TrialStatus]:
         """The trials that have changed since the last look; at the first one, those without an end."""
         is_first = self._moment is None
-        changed, self._moment = record.changed(self._moment or ())
+        changed, self._moment = view.changed(self._moment or ())
         self.num_trials = len(self._moment)
         ended = [trial for trial in changed if trial.ended_at is not None]
         self.num_ended += len(ended)
         if is_first:
             self.num_ended_before = self.num_ended
-        sign = -1.0 if record.objective.mode == "max" else 1.0
-        found = [(sign * best.value, best) for best in ranked(ended, record.objective)[:NUM_BEST]]
+        sign = -1.0 if view.objective.mode == "max" else 1.0
+        found = [(sign * best.value, best) for best in ranked(ended, view.objective)[:NUM_BEST]]
         self.leaders = sorted([*self.leaders, *found], key=lambda each: (each[0], each[1].number))[:NUM_BEST]
         self._keep(changed)
         return [trial for trial in changed if trial.ended_at is None or not is_first]

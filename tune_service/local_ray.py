@@ -21,15 +21,7 @@ PR_SET_CHILD_SUBREAPER = 36
 LOOK_S = 1.0
 STOPPED_S = 20.0
 """Ray's servers may stand still for so long (SIGSTOP) before the study is ended for it."""
-ENVIRONMENT = {
-    # All of Ray's ports on loopback. The variable's name tells of its origin; it works on Linux.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "AUTOSCALER_METRIC_PORT": "0",  # any free one: two studies may run at once
-    "DASHBOARD_METRIC_PORT": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Without it Ray leaves GPUs visible to actors that asked for none.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+TUNE_ENVIRONMENT = {
     # The record has every result; Tune's own loggers and state files would cost time and disk.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),
@@ -39,6 +31,18 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # A supervisor that was told to stop and does not is killed after this many seconds.
     "TUNE_FORCE_TRIAL_CLEANUP_S": "20",
+    # How many trials may wait for room: as many as the study hands out.
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",
+}
+ENVIRONMENT = TUNE_ENVIRONMENT | {
+    # All of Ray's ports on loopback. The variable's name tells of its origin; it works on Linux.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "AUTOSCALER_METRIC_PORT": "0",  # any free one: two studies may run at once
+    "DASHBOARD_METRIC_PORT": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Without it Ray leaves GPUs visible to actors that asked for none.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
 
 
@@ -63,7 +67,7 @@ def local_ray(cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], Non
     others = set(psutil.Process().children(recursive=True))
     scratch, lock = _make_scratch(Path(_scratch_root()))
     try:
-        with _own_answer_to_sigterm():
+        with own_answer_to_sigterm():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -77,7 +81,7 @@ def local_ray(cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], Non
         with _watched(on_lost):
             yield scratch
     finally:
-        with _undisturbed():
+        with undisturbed():
             processes = set(psutil.Process().children(recursive=True)) - others
             ray.shutdown()
             _, alive = psutil.wait_procs(processes, timeout=5)
@@ -154,7 +158,7 @@ def _scratch_root() -> str:
 
 
 @contextmanager
-def _own_answer_to_sigterm() -> Iterator[None]:
+def own_answer_to_sigterm() -> Iterator[None]:
     """Goes round `ray.init`, which puts a handler in the place of ours: one that ends this process there and then."""
     before = getsignal(SIGTERM)
     try:
@@ -166,7 +170,7 @@ def _own_answer_to_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Passes over Ctrl-C and its kin while the end takes its few seconds: a second Ctrl-C would leave things behind."""
     before = {number: signal(number, SIG_IGN) for number in (SIGINT, SIGTERM, SIGHUP)}
     try:

@@ -25,6 +25,18 @@ class Machine:
     gpus: int
     memory_bytes: int
 
+    def offer(self) -> str:
+        """In words."""
+        return f"{self.cpus} CPUs, {self.gpus} GPUs"
+
+    def fit(self, resources: ResourcesSpec, concurrent_trials: int | None = None) -> int:
+        """How many trials run at once; 0 when not even one has room."""
+        return fit(resources, self, concurrent_trials)
+
+    def problems(self, resources: ResourcesSpec) -> list[Problem]:
+        """Why not even one trial of a study fits here; empty when one does."""
+        return resource_problems(resources, self)
+
 
 def this_machine() -> Machine:
     """Asks the operating system. A container's quota counts, for Ray would otherwise plan with the host's cores."""

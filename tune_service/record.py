@@ -8,7 +8,7 @@ driver writes, but for the request to stop.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -32,6 +32,7 @@ from tune_service.status import (
     BestTrial,
     CheckpointStatus,
     EpochReport,
+    Moment,
     ObjectiveStatus,
     StudyState,
     StudyStatus,
@@ -54,10 +55,6 @@ _STATES: dict[OptunaState, TrialState] = {
     OptunaState.PRUNED: "pruned",
     OptunaState.FAIL: "failed",
 }
-
-
-Moment = Sequence[FrozenTrial]
-"""A record as it was at some time. Optuna puts a new object in a trial's place with every change of it."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +215,11 @@ class Record:
     def set_baseline(self, value: float | None) -> None:
         self._study.set_user_attr("baseline", value)
 
+    def set_notice(self, text: str | None) -> None:
+        """What keeps trials waiting, in words; None: nothing does."""
+        if self.notice != text:
+            self._study.set_user_attr("notice", text)
+
     # What it says
 
     @property
@@ -245,6 +247,11 @@ class Record:
         found: float | None = self._attrs.get("baseline")
         return found
 
+    @property
+    def notice(self) -> str | None:
+        found: str | None = self._study.user_attrs.get("notice")
+        return found
+
     def trials(self) -> list[TrialStatus]:
         alive = self.folder.driver_is_alive()
         kept = self.folder.checkpoints.kept()
@@ -262,6 +269,7 @@ class Record:
 
         Costs next to nothing for those that are: a display looks at 10,000 trials twice a second.
         """
+        # Optuna puts a new object in a trial's place with every change of it.
         now, alive = self._trials(), self.folder.driver_is_alive()
         news = [trial for number, trial in enumerate(now) if number >= len(since) or trial is not since[number]]
         return [self._status(trial, alive, []) for trial in news], now
@@ -283,6 +291,7 @@ class Record:
             objective=self.objective,
             trials=tuple(trials),
             best=self.best(trials, deep),
+            notice=self.notice if self.folder.driver_is_alive() else None,
         )
 
     def _state(self, trials: list[TrialStatus]) -> StudyState:

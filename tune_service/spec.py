@@ -42,8 +42,10 @@ __all__ = [
     "SamplerSpec",
     "SchedulerSpec",
     "StudySpec",
+    "beside",
     "dump_yaml",
     "load_spec",
+    "moved",
     "name_problem",
     "parse_spec",
     "spec_for_trial",
@@ -109,6 +111,31 @@ def spec_for_trial(spec: StudySpec, params: Mapping[str, Value], name: str | Non
         scheduler=SchedulerSpec(name="none"),
         budget=BudgetSpec(trials=1),
     )
+
+
+def beside(spec: StudySpec, root: Path) -> StudySpec:
+    """The spec as a process sees it whose working directory is a copy of `root`: paths in there are relative."""
+    model, data = spec.model, spec.data
+    if model is not None and (name := _relative(model.name, root)):
+        model = model.model_copy(update={"name": name})
+    if data is not None and data.path is not None and (path := _relative(data.path, root)):
+        data = data.model_copy(update={"path": path})
+    return dataclasses.replace(spec, model=model, data=data)
+
+
+def moved(spec: StudySpec, root: Path, to: Path) -> StudySpec:
+    """The spec after the folder `root`, in which it lies with what it names, was copied to `to`."""
+    spec, model, data = beside(spec, root), spec.model, spec.data
+    if model is not None and spec.model is not None and spec.model.name != model.name:
+        model = model.model_copy(update={"name": str(to / spec.model.name)})
+    if data is not None and spec.data is not None and spec.data.path is not None and spec.data.path != data.path:
+        data = data.model_copy(update={"path": str(to / spec.data.path)})
+    return dataclasses.replace(spec, model=model, data=data, folder=to)
+
+
+def _relative(path: str, root: Path) -> str | None:
+    """`path` from `root` on; None when it does not lie in there."""
+    return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else None
 
 
 def _build(

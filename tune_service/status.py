@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 StudyState = Literal["running", "completed", "stopped", "failed", "interrupted"]
 TrialState = Literal["waiting", "running", "paused", "completed", "pruned", "failed"]
@@ -63,9 +63,51 @@ class StudyStatus(_Status):
     objective: ObjectiveStatus
     trials: tuple[TrialStatus, ...]
     best: BestTrial | None
+    notice: str | None = Field(default=None, exclude=True)
+    """What keeps trials waiting, in words, for people; not part of the document."""
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+
+Moment = Sequence[object]
+"""A study's trials as they were at some time."""
+
+
+class StudyView(Protocol):
+    """A study at one moment, as a display needs it. A record is one."""
+
+    @property
+    def objective(self) -> ObjectiveStatus: ...
+
+    @property
+    def budget_trials(self) -> int: ...
+
+    @property
+    def baseline(self) -> float | None: ...
+
+    @property
+    def notice(self) -> str | None: ...
+
+    def trials(self) -> list[TrialStatus]: ...
+
+    def changed(self, since: Moment) -> tuple[list[TrialStatus], Moment]:
+        """The trials that are not as they were; and the present moment, for the next look."""
+
+    def status(self) -> StudyStatus: ...
+
+
+class Display(Protocol):
+    """Shows people how a study goes."""
+
+    def tell(self, line: str) -> None:
+        """One event worth a line."""
+
+    def show(self, view: StudyView) -> None:
+        """The state of things, called several times a second."""
+
+    def abort(self, error: BaseException) -> None:
+        """Ends this process at once, from whatever thread, and says why."""
 
 
 def best_report(trial: TrialStatus, objective: ObjectiveStatus) -> EpochReport | None:

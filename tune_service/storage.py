@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import Problem
-from tune_service.errors import StorageError, StudyExistsError, StudyNotFoundError
+from tune_service.errors import OutputNotEmptyError, StorageError, StudyExistsError, StudyNotFoundError
 from tune_service.lease import Lease, is_held, taken
 
 
@@ -25,6 +26,8 @@ class StudyFolder:
         self.driver_lock = path / "driver.lock"
         self.driver_log = path / "driver.log"
         self.logs = path / "logs"
+        self.shipped = path / "shipped"
+        """What a study of a cluster came with: the user's code and data."""
         self.checkpoints = CheckpointStore(path / "checkpoints")
 
     def rank_logs(self, trial: int | None = None) -> list[Path]:
@@ -47,6 +50,11 @@ class Storage:
     """A folder of studies."""
 
     def __init__(self, root: Path) -> None:
+        if re.match(r"[a-z0-9]+:/", str(root)):  # it would become a folder named `s3:`
+            rule = "a storage is a folder: object stores are not supported yet"
+            raise StorageError(
+                Problem("--storage", rule, str(root), "a folder of this machine, or of a cluster's head")
+            )
         self.root = root.absolute()
 
     def studies(self) -> list[StudyFolder]:
@@ -116,6 +124,14 @@ def remove(folder: StudyFolder) -> int:
     folder.path.rename(doomed)  # out of sight first: the name is free again, whatever is left
     shutil.rmtree(doomed)
     return num_bytes
+
+
+def check_out(out: Path) -> None:
+    """OutputNotEmptyError unless `out` is a new or an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputNotEmptyError(
+            Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name")
+        )
 
 
 def _read_only(place: Path) -> bool:

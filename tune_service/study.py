@@ -8,50 +8,43 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from trainables.errors import Problem, StorageUnavailableError
 from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import CommandError, LeaseLostError, SpecError, StudyHaltedError, StudyRunningError
 from tune_service.lease import Lease
-from tune_service.local_ray import end_children, prepare_environment
-from tune_service.machine import fit, this_machine
+from tune_service.place import Place
 from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler
 from tune_service.spec import StudySpec, parse_spec
-from tune_service.status import StudyStatus
+from tune_service.status import Display, StudyStatus
 from tune_service.storage import Storage, StudyFolder, remove
 from tune_service.terminal import output_to
+from tune_service.this_machine import ThisMachine
 
 STOP_PATIENCE_S = 3600.0
 
 
-class Display(Protocol):
-    """Shows people how a study goes."""
+def run_study(spec: StudySpec, storage: Storage, display: Display, place: Place | None = None) -> StudyStatus:
+    """Checks everything, then runs a new study to its end. SpecError with all faults, before anything is written.
 
-    def tell(self, line: str) -> None:
-        """One event worth a line."""
-
-    def show(self, record: Record) -> None:
-        """The state of things, called several times a second."""
-
-    def abort(self, error: BaseException) -> None:
-        """Ends this process at once, from whatever thread, and says why."""
-
-
-def run_study(spec: StudySpec, storage: Storage, display: Display) -> StudyStatus:
-    """Checks everything, then runs a new study to its end. SpecError with all faults, before anything is written."""
-    problems = problems_of(run_checks(spec, storage, this_machine()))
+    Its trials run at `place`; without one, on this machine.
+    """
+    place = place or ThisMachine()
+    problems = problems_of(run_checks(spec, storage, place.room))
     if problems:
         raise SpecError(problems)
     folder = storage.create(spec.name)
     with ExitStack() as driving:
         with _whole_or_absent(folder):
             lease = driving.enter_context(folder.driving())
+            majority = baseline(spec)
+            spec = place.settled(spec, folder)
             record = Record.create(folder, _stored(spec), _sampler(spec), lease)
-            record.set_baseline(baseline(spec))
-        _drive(spec, folder, record, lease, display)
+            record.set_baseline(majority)
+        _drive(spec, folder, record, lease, display, place)
     return Record.open(folder).status(deep=True)
 
 
@@ -66,11 +59,14 @@ def _whole_or_absent(folder: StudyFolder) -> Iterator[None]:
         raise CommandError(Problem("--storage", "takes what a study writes", str(error), expected)) from error
 
 
-def resume_study(name: str, trials: str | None, storage: Storage, display: Display) -> StudyStatus:
+def resume_study(
+    name: str, trials: str | None, storage: Storage, display: Display, place: Place | None = None
+) -> StudyStatus:
     """Goes on with a study that was stopped or cut off; `trials` adds to its budget (`+20`) or sets it (`80`)."""
+    place = place or ThisMachine()
     folder = storage.study(name)
     spec = stored_spec(Record.open(folder))
-    problems = problems_of(run_checks(spec, storage, this_machine()))
+    problems = problems_of(run_checks(spec, storage, place.room))
     if problems:
         raise SpecError(problems)
     with folder.driving(display.tell) as lease:
@@ -80,16 +76,14 @@ def resume_study(name: str, trials: str | None, storage: Storage, display: Displ
         record.clear_stop()
         record.set_failure(None)
         record.pause_all("interrupted: the driver was gone")
-        _drive(spec, folder, record, lease, display)
+        _drive(spec, folder, record, lease, display, place)
     return Record.open(folder).status(deep=True)
 
 
 def stop_study(name: str, now: bool, storage: Storage) -> StudyStatus:
     """Asks the driver to end, and waits until it has."""
+    request_stop(name, now, storage)
     folder = storage.study(name)
-    record = Record.open(folder)
-    if record.status().state in ("running", "interrupted"):
-        record.request_stop(now)
     end = time.monotonic() + STOP_PATIENCE_S
     while folder.driver_is_alive():
         if time.monotonic() > end:
@@ -97,6 +91,13 @@ def stop_study(name: str, now: bool, storage: Storage) -> StudyStatus:
             raise CommandError(Problem(name, "a study ends when it is asked to", found, "stop --now"))
         time.sleep(0.1)
     return Record.open(folder).status(deep=True)
+
+
+def request_stop(name: str, now: bool, storage: Storage) -> None:
+    """Asks the driver to end. A study without one is then stopped, not interrupted."""
+    record = Record.open(storage.study(name))
+    if record.status().state in ("running", "interrupted"):
+        record.request_stop(now)
 
 
 def delete_study(name: str, storage: Storage) -> int:
@@ -125,13 +126,11 @@ def stored_spec(record: Record) -> StudySpec:
     )
 
 
-def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, display: Display) -> None:
+def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, display: Display, place: Place) -> None:
     """Runs trials until there are no more. However it ends, no trial is left as if it still ran."""
     from tune_service.driver import USER_STOP, Driver
 
-    machine = this_machine()
-    concurrent = fit(spec.resources, machine, spec.budget.concurrent_trials)
-    prepare_environment(concurrent)
+    place.prepare(spec)
     from tune_service.tuner import run_trials  # imports Ray, which reads the environment then
 
     driver = Driver(spec, record, display.tell)
@@ -141,13 +140,13 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
         display.show(record)
 
     def abort(why: str) -> None:
-        end_children()
+        place.end_all()
         display.abort(_halted(spec.name, "Ray runs as long as its study", why))
 
     reason = USER_STOP
     try:
         with _terminate_as_interrupt(), output_to(folder.driver_log), lease.beating(abort):
-            run_trials(spec, folder, driver, lease.identity, machine, concurrent, tick, abort)
+            run_trials(spec, folder, driver, lease.identity, place, tick, abort)
         if driver.halted is not None:
             raise StorageUnavailableError(driver.halted)
         if record.failure is not None:

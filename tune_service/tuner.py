@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from trainables.redaction import redacted
 from trainables.trial import GroupShape, TrialSupervisor
 from trainables.worker import Task
 from tune_service.driver import Driver
-from tune_service.local_ray import local_ray
-from tune_service.machine import Machine
+from tune_service.place import Place, Session
 from tune_service.record import AskedTrial
-from tune_service.spec import StudySpec
+from tune_service.slots import Slots
+from tune_service.spec import StudySpec, beside
 from tune_service.storage import StudyFolder
 
 NUM_ENDED_KEPT = 50
@@ -33,12 +34,11 @@ def run_trials(
     folder: StudyFolder,
     driver: Driver,
     lease: tuple[str, int],
-    machine: Machine,
-    concurrent: int,
+    place: Place,
     tick: Callable[[], None],
     on_lost: Callable[[str], None],
 ) -> None:
-    """Runs the study's trials on this machine until the driver has no more.
+    """Runs the study's trials at `place` until the driver has no more.
 
     `tick` is called several times a second; `on_lost` when Ray is lost.
     """
@@ -46,14 +46,18 @@ def run_trials(
     bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
-    # The empty first bundle is the supervisor's, which costs nothing; Tune leaves it out of the placement group.
-    bundles = tune.PlacementGroupFactory([{}] + [dict(bundle) for _ in range(resources.workers)])
-    with local_ray(machine.cpus, machine.gpus, namespace=spec.name, on_lost=on_lost) as scratch:
-        scheduler = _StudyScheduler(driver, concurrent)
+    with place.session(spec, on_lost) as session:
+        # The first bundle is the supervisor's, which costs nothing; where it is empty, Tune leaves it out of the
+        # placement group.
+        first = dict(session.supervisor_bundle)
+        bundles = tune.PlacementGroupFactory([first] + [dict(bundle) for _ in range(resources.workers)])
+        scheduler = _StudyScheduler(driver)
+        slots = scheduler.slots = Slots(session, scheduler.num_running, lambda: driver.num_open)
+        config_of = partial(trial_config, spec, folder, lease, session)
         tuner = tune.Tuner(
             tune.with_resources(TrialSupervisor, bundles),
             tune_config=tune.TuneConfig(
-                search_alg=_StudySearcher(driver, partial(trial_config, spec, folder, lease), concurrent),
+                search_alg=_StudySearcher(driver, config_of, slots.number),
                 scheduler=scheduler,
                 num_samples=-1,  # the driver counts
                 reuse_actors=True,
@@ -62,8 +66,8 @@ def run_trials(
             ),
             run_config=tune.RunConfig(
                 name=spec.name,
-                storage_path=str(scratch / "tune"),
-                callbacks=[_Hooks(driver, scheduler.trials, tick)],
+                storage_path=str(session.scratch / "tune"),
+                callbacks=[_Hooks(driver, scheduler, tick)],
                 stop=_StudyStopper(driver),
                 failure_config=tune.FailureConfig(max_failures=0),  # the driver puts the trial back in line
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # checkpoints are the supervisor's
@@ -74,9 +78,11 @@ def run_trials(
 
 
 def trial_config(
-    spec: StudySpec, folder: StudyFolder, lease: tuple[str, int], asked: AskedTrial, slot: int
+    spec: StudySpec, folder: StudyFolder, lease: tuple[str, int], session: Session, asked: AskedTrial, slot: int
 ) -> dict[str, Any]:
     """What the supervisor is told, as plain values."""
+    if session.root is not None:
+        spec = beside(spec, session.root)
     settings = spec.trial_settings().with_params(asked.params).model_dump(mode="json") if spec.is_finetune else {}
     if spec.is_finetune and asked.micro_batch_size is not None:
         settings["training"]["micro_batch_size"] = asked.micro_batch_size
@@ -92,7 +98,7 @@ def trial_config(
         lease=lease,
         shrinks=spec.faults.on_oom == "shrink",
         settings=settings,
-        import_path=str(spec.folder),
+        import_path=str(spec.folder) if session.root is None else None,  # else it is the rank's working directory
     )
     resources = spec.resources
     shape = GroupShape(
@@ -101,6 +107,7 @@ def trial_config(
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
         step_timeout_s=spec.faults.step_timeout_s,
+        first_bundle=1 if session.supervisor_bundle else 0,
     )
     return {"task": asdict(task), "group": asdict(shape)}
 
@@ -119,18 +126,22 @@ class _NotKept:
 
 
 class _StudySearcher(_NotKept, Searcher):  # type: ignore[misc]  # Ray has no types
-    """Hands Tune one trial after the other, at most `concurrent` at a time."""
+    """Hands Tune one trial after the other, at most `num_slots()` at a time."""
 
-    def __init__(self, driver: Driver, config_of: Callable[[AskedTrial, int], dict[str, Any]], concurrent: int) -> None:
+    def __init__(
+        self, driver: Driver, config_of: Callable[[AskedTrial, int], dict[str, Any]], num_slots: Callable[[], int]
+    ) -> None:
         super().__init__()
         self._driver = driver
         self._config_of = config_of
-        self._slots: dict[int, str | None] = dict.fromkeys(range(concurrent))
+        self._num_slots = num_slots
+        self._slots: dict[int, str] = {}
+        """Slot -> the trial that holds it."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        slot = next((slot for slot, holder in self._slots.items() if holder is None), None)
-        if slot is None or not self._driver.has_room:
+        if len(self._slots) >= self._num_slots() or not self._driver.has_room:
             return None  # Tune asks again
+        slot = next(number for number in count() if number not in self._slots)
         asked = self._driver.ask()
         if asked is None:
             # While trials run, one of them may come back in line.
@@ -140,7 +151,7 @@ class _StudySearcher(_NotKept, Searcher):  # type: ignore[misc]  # Ray has no ty
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Frees the slot. What the trial came to is in the record already."""
-        self._slots = {slot: None if holder == trial_id else holder for slot, holder in self._slots.items()}
+        self._slots = {slot: holder for slot, holder in self._slots.items() if holder != trial_id}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the record has it."""
@@ -152,23 +163,23 @@ class _StudySearcher(_NotKept, Searcher):  # type: ignore[misc]  # Ray has no ty
 class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
     """Passes every result to the driver."""
 
-    def __init__(self, driver: Driver, concurrent: int) -> None:
+    slots: Slots
+
+    def __init__(self, driver: Driver) -> None:
         super().__init__()
         self._driver = driver
-        self._concurrent = concurrent
-        self._cache_is_wide = False
         self.trials: dict[str, Trial] = {}
         """Those without an end, by Tune's id."""
+
+    def num_running(self) -> int:
+        """Trials that have an actor, and so room."""
+        return sum(trial.temporary_state.ray_actor is not None for trial in self.trials.values())
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
         self.trials[trial.trial_id] = trial
         _forget_ended(tune_controller)
-        if not self._cache_is_wide:
-            # Tune keeps one idle actor. When two trials end together, the second one's warm worker group would be
-            # ended, and started again seconds later. There is no public setting for this.
-            tune_controller._actor_cache.increase_max(trial.placement_group_factory, self._concurrent)
-            self._cache_is_wide = True
+        self.slots.widen(tune_controller._actor_cache, trial.placement_group_factory)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         return str(TrialScheduler.CONTINUE if self._driver.result(result) else TrialScheduler.STOP)
@@ -207,9 +218,10 @@ def _forget_ended(tune_controller: Any) -> None:
 class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
     """Tune's other events."""
 
-    def __init__(self, driver: Driver, open_trials: Mapping[str, Trial], tick: Callable[[], None]) -> None:
+    def __init__(self, driver: Driver, scheduler: _StudyScheduler, tick: Callable[[], None]) -> None:
         self._driver = driver
-        self._open_trials = open_trials
+        self._open_trials = scheduler.trials
+        self._slots = scheduler.slots
         self._tick = tick
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -226,6 +238,8 @@ class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
                 self._driver.handed_over(number)
             if actor is not None and number in overdue:
                 ray.kill(actor)  # Tune then sees it fail, which it does not when the process is only silent
+        self._slots.settle()
+        self._driver.notice(self._slots.notice(len(self._open_trials)))
         self._tick()
 
 

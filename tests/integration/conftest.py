@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from cluster import Cluster
 from program import Program
 
 
@@ -15,5 +16,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     try:
         yield found
         assert found.leftovers() == []
+    finally:
+        found.close()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and one worker of 2 that does not see its disk; one for all tests, for it takes a while."""
+    found = Cluster()
+    try:
+        found.add_worker(cpus=2)
+        yield found
     finally:
         found.close()

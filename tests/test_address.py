@@ -1,0 +1,120 @@
+"""From `--address` to a cluster's dashboard: tokens, cluster files, tunnels."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune_service import address
+from tune_service.address import Head, connected, read_head, token
+from tune_service.dashboard import Dashboard, DashboardError, UnreachableError
+from tune_service.errors import AddressError, exit_code
+from tune_service.frames import decode, encode
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+class Asked(BaseHTTPRequestHandler):
+    """A dashboard that knows one token and says what it was asked."""
+
+    def do_GET(self) -> None:
+        found = {None: 401, "Bearer right": 200}.get(self.headers.get("Authorization"), 403)
+        body = json.dumps({"ray_version": "2.60.0", "path": self.path}).encode() if found == 200 else b"Unauthorized"
+        self.send_response(found)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert token() is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("of-home\n")
+    assert token() == "of-home"
+    (tmp_path / "other").write_text("of-path")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
+    assert token() == "of-path"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of-variable")
+    assert token() == "of-variable"
+
+
+def test_the_dashboard_takes_the_right_token_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, found in (("", "no token here"), ("wrong", f"{url} knows another token")):
+        monkeypatch.setenv("RAY_AUTH_TOKEN", value)
+        with connected(url) as dashboard, pytest.raises(DashboardError) as caught:
+            dashboard.ray_version()
+        assert (caught.value.problems[0].found, exit_code(caught.value)) == (found, 1)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    with connected(url.removeprefix("http://")) as dashboard:
+        assert dashboard.ray_version() == "2.60.0"
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machines_ports(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert Dashboard(url, "right", url).ray_version() == "2.60.0"
+
+
+def test_nobody_there_is_a_failure_and_no_address_is_wrong_input() -> None:
+    with connected("http://127.0.0.1:9") as dashboard, pytest.raises(UnreachableError, match="refused") as caught:
+        dashboard.ray_version()
+    assert exit_code(caught.value) == 1
+    with pytest.raises(AddressError) as wrong, connected("nowhere"):
+        raise AssertionError("an address")
+    assert exit_code(wrong.value) == 2
+
+
+def test_a_cluster_file_says_how_its_head_is_reached(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "cluster_name: c\nprovider: {type: local, head_ip: 10.0.0.1}\n"
+        "auth: {ssh_user: ubuntu, ssh_private_key: ~/key, ssh_proxy_command: nc gate}\n"
+        "head_start_ray_commands: [ray stop, ray start --head --dashboard-port=8888]\n"
+    )
+    head = read_head(file)
+    assert head == Head("10.0.0.1", "ubuntu", str(tmp_path / "key"), "nc gate", 8888)
+    command = address._ssh(head, 5000)
+    assert command[:4] == ["ssh", "-N", "-L", "127.0.0.1:5000:127.0.0.1:8888"]
+    assert command[-1] == "ubuntu@10.0.0.1"
+    assert {"ProxyCommand=nc gate", "ExitOnForwardFailure=yes", "BatchMode=yes"} <= set(command)
+
+
+@pytest.mark.parametrize("text", ["- a", "provider: 1", "a: [", "cluster_name: c"])
+def test_a_file_that_is_no_cluster_file_is_wrong_input(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+    with pytest.raises(AddressError), connected(str(tmp_path / "file.yaml")):
+        raise AssertionError("an address")
+
+
+def test_an_answer_is_told_from_what_libraries_print() -> None:
+    log = "noise without an end" + encode("word", {"a": "\n"}) + 'other {"b": 1}\n word 2' + encode("word", [1])
+    assert decode("word", log, 0)[0] == [{"a": "\n"}, [1]]
+
+
+def test_an_answer_that_is_not_whole_yet_comes_with_the_next_look() -> None:
+    log = encode("word", 1) + encode("word", 2)
+    for cut in range(len(log) + 1):
+        first, position = decode("word", log[:cut], 0)
+        assert first + decode("word", log, position)[0] == [1, 2]

@@ -1,0 +1,67 @@
+"""How many trials a cluster holds, now and when it has grown."""
+
+from __future__ import annotations
+
+from tune_service.autoscaler import kinds_in
+from tune_service.cluster_room import ClusterRoom, NodeKind, kinds_of
+from tune_service.spec import ResourcesSpec
+
+TWO_SMALL = kinds_of([(0, 0), (8, 1), (8, 1)])
+
+
+def resources(workers: int = 1, gpus: float = 1.0, cpus: float = 1.0) -> ResourcesSpec:
+    return ResourcesSpec(workers=workers, gpus_per_worker=gpus, cpus_per_worker=cpus)
+
+
+def test_nodes_that_are_alike_are_one_kind() -> None:
+    assert kinds_of([(8, 1), (0, 0), (8, 1)]) == (NodeKind(0, 0, 1), NodeKind(8, 1, 2))
+
+
+def test_ranks_of_a_trial_may_lie_on_several_nodes() -> None:
+    room = ClusterRoom(TWO_SMALL, is_final=True)
+    assert [room.fit(resources(workers)) for workers in (1, 2, 3)] == [2, 1, 0]
+
+
+def test_a_share_of_a_gpu_lies_on_one_gpu() -> None:
+    assert ClusterRoom(TWO_SMALL).fit(resources(gpus=0.4)) == 4
+    assert ClusterRoom(TWO_SMALL).fit(resources(gpus=0.4), concurrent_trials=3) == 3
+
+
+def test_nodes_that_may_be_started_count_up_to_the_limit_over_all_kinds() -> None:
+    startable = (NodeKind(8, 1, 10), NodeKind(96, 8, 2))
+    assert ClusterRoom(TWO_SMALL, startable, max_workers=None).fit(resources()) == 26
+    assert ClusterRoom(TWO_SMALL, startable, max_workers=4).fit(resources()) == 18  # 2 x 8 and 2 x 1
+    assert ClusterRoom(TWO_SMALL, startable, max_workers=4).fits_now(resources()) == 2
+
+
+def test_a_demand_that_no_node_type_meets_is_refused_where_all_types_are_known() -> None:
+    known = ClusterRoom(TWO_SMALL, (NodeKind(8, 1, 10),), is_final=True)
+    (problem,) = known.problems(resources(gpus=2))
+    assert problem.place == "resources.gpus_per_worker"
+    assert problem.rule.endswith("(2 x (8 CPUs, 1 GPUs) now; at most 10 x (8 CPUs, 1 GPUs))")
+    assert problem.found == "1 workers of 1 CPUs, 2 GPUs each"
+    (problem,) = known.problems(resources(workers=11))
+    assert problem.place == "resources.workers"
+    assert known.problems(resources(workers=10)) == []
+
+
+def test_a_study_waits_where_other_nodes_may_come() -> None:
+    empty = ClusterRoom(kinds_of([(0, 0)]))
+    assert (empty.problems(resources()), empty.fit(resources()), empty.fits_now(resources())) == ([], 1, 0)
+
+
+def test_a_cluster_file_says_what_may_be_started() -> None:
+    file = {
+        "max_workers": 6,
+        "provider": {"type": "aws"},
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 4}},
+            "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 4},
+            "off": {"resources": {"CPU": 96, "GPU": 8}, "max_workers": 0},
+        },
+    }
+    assert kinds_in(file) == ((NodeKind(8, 1, 4),), 6, True)
+    unknown = file | {"available_node_types": {"gpu": {"max_workers": 4}}}
+    assert kinds_in(unknown) == ((), 6, False)
+    assert kinds_in(None) == ((), None, False)

@@ -1,0 +1,126 @@
+"""Files of a rank whose node does not see the study's folder: kept on its own disk, carried to and fro in pieces.
+
+Whether a node sees a folder is found out, not configured: a file with random content is put there, and the rank looks
+for it. No Ray here: who carries the pieces is given as functions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+PIECE_BYTES = 8 * 1024**2
+_PREFIX = "tune-rank-"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A file that can be seen wherever its folder can."""
+
+    path: str
+    content: str
+
+    def is_seen(self) -> bool:
+        """Whether this process sees the very file, not one of the same name on another disk."""
+        try:
+            return Path(self.path).read_text(encoding="ascii") == self.content
+        except (OSError, UnicodeDecodeError):
+            return False
+
+
+@contextmanager
+def marked(folder: Path) -> Iterator[Mark]:
+    """Puts a mark into `folder` for as long as the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = secrets.token_hex(16)
+    path = folder / f".mark-{content}"
+    path.write_text(content, encoding="ascii")
+    try:
+        yield Mark(str(path), content)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+class FarFiles:
+    """A rank's own folder on its node. A killed rank's is removed by the next one there."""
+
+    def __init__(self) -> None:
+        self._root: Path | None = None
+
+    def folder(self, name: str) -> Path:
+        """A folder in there, made when it is not there."""
+        folder = self._made() / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def emptied(self, name: str) -> Path:
+        """The same, with nothing in it."""
+        shutil.rmtree(self._made() / name, ignore_errors=True)
+        return self.folder(name)
+
+    def listing(self, name: str) -> list[tuple[str, int]]:
+        """(path inside, bytes) of every file of a folder."""
+        root = self.folder(name)
+        paths = (path for path in sorted(root.rglob("*")) if path.is_file())
+        return [(str(path.relative_to(root)), path.stat().st_size) for path in paths]
+
+    def read(self, name: str, path: str, offset: int) -> bytes:
+        with (self.folder(name) / path).open("rb") as file:
+            file.seek(offset)
+            return file.read(PIECE_BYTES)
+
+    def write(self, name: str, path: str, data: bytes) -> None:
+        """Adds a piece to the end of a file."""
+        file = self.folder(name) / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as target:
+            target.write(data)
+
+    def _made(self) -> Path:
+        if self._root is None:
+            place = Path(tempfile.gettempdir())
+            for other in place.glob(f"{_PREFIX}*"):
+                _remove_unheld(other)
+            self._root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+            # Never closed: the kernel lets go of the lock when this process is gone, however it went.
+            fcntl.flock(os.open(self._root / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+        return self._root
+
+
+def fetch(read: Callable[[str, int], bytes], listing: Sequence[tuple[str, int]], to: Path) -> None:
+    """Brings files here, into `to`. OSError when one does not come whole."""
+    for name, size in listing:
+        path = to / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            while (offset := file.tell()) < size:
+                piece = read(name, offset)
+                if not piece:
+                    raise OSError(f"{name} ended after {offset} of {size} bytes")
+                file.write(piece)
+
+
+def send(write: Callable[[str, bytes], None], folder: Path) -> None:
+    """Takes all files of `folder` there, in pieces in their order."""
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+        name = str(path.relative_to(folder))
+        with path.open("rb") as file:
+            write(name, file.read(PIECE_BYTES))  # an empty file, too
+            while piece := file.read(PIECE_BYTES):
+                write(name, piece)
+
+
+def _remove_unheld(folder: Path) -> None:
+    try:
+        with (folder / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # it is held, or just being made
+        return

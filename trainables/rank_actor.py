@@ -1,0 +1,105 @@
+"""A rank in a process of Ray's, on a node that may or may not see the study's folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from trainables.far import FarFiles, Mark
+from trainables.worker import RankReport, RankWorker, Task
+
+_LOGS, _RESUME, SAVED = "logs", "resume", "saved"
+
+
+class RankActor(RankWorker):
+    """A RankWorker that shows its log lines to Ray's dashboard too, and keeps its files here where it must."""
+
+    def __init__(self, rank: int, world_size: int, uses_gpu: bool) -> None:
+        super().__init__(rank, world_size, uses_gpu)
+        self._stdout = os.dup(1)  # Ray's own log file; the rank's output goes to the trial's
+        self._files = FarFiles()
+        self._is_far = False
+        self._task: Task | None = None
+        self._shown = 0
+        self._sent = 0
+
+    def endpoint(self) -> tuple[str, int]:
+        """(address, free port) of this rank's node."""
+        host = ray.util.get_node_ip_address()
+        return host, self.free_port(host)
+
+    def look(self, mark: Mark) -> bool:
+        """Whether this node sees the study's folder. If not, what this rank writes waits here to be fetched."""
+        self._is_far = not mark.is_seen()
+        if self._is_far:
+            self._files.emptied(_RESUME)
+        return not self._is_far
+
+    def begin(self, task: Task) -> None:
+        if self._is_far:
+            resume_from = str(self._files.folder(_RESUME)) if task.resume_from else None
+            task = replace(task, logs=str(self._files.emptied(_LOGS)), resume_from=resume_from)
+        self._task = task
+        path = task.log_file(self._rank)
+        # A trial that goes on writes to the end of its log.
+        self._shown = self._sent = path.stat().st_size if path.exists() else 0
+        try:
+            super().begin(task)
+        finally:
+            self._show_log()
+
+    def next_report(self) -> RankReport | None:
+        try:
+            return super().next_report()
+        finally:
+            self._show_log()
+
+    def save_where(self, folder: str, mark: Mark) -> list[tuple[str, int]]:
+        """Saves into `folder` where this node sees it, else here. What is to be fetched: (path, bytes) of each file."""
+        if mark.is_seen():
+            self.save(folder)
+            return []
+        self.save(str(self._files.emptied(SAVED)))
+        return self._files.listing(SAVED)
+
+    def read_saved(self, path: str, offset: int) -> bytes:
+        """A piece of a saved file, from `offset` on."""
+        return self._files.read(SAVED, path, offset)
+
+    def drop_saved(self) -> None:
+        self._files.emptied(SAVED)
+
+    def write_resume(self, path: str, data: bytes) -> None:
+        """A piece of the checkpoint that this trial goes on from."""
+        self._files.write(_RESUME, path, data)
+
+    def log_piece(self) -> bytes:
+        """What this rank's log has got since it was last asked for, where it lies here."""
+        if self._task is None or not self._is_far:
+            return b""
+        piece = _read(self._task.log_file(self._rank), self._sent)
+        self._sent += len(piece)
+        return piece
+
+    def _show_log(self) -> None:
+        """Copies new lines to the log that the dashboard shows, with the trial and the rank before each."""
+        if self._task is None:
+            return
+        text = _read(self._task.log_file(self._rank), self._shown)
+        self._shown += len(text)
+        name = f"trial {self._task.number} rank {self._rank} | ".encode()
+        lines = b"".join(name + line + b"\n" for line in text.splitlines())
+        if lines:
+            os.write(self._stdout, lines)
+
+
+def _read(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read()
+    except OSError:
+        return b""

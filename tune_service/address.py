@@ -1,0 +1,177 @@
+"""From what `--address` says to the cluster's dashboard: a URL, or a cluster.yaml and then through an ssh tunnel."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainables.errors import Problem
+from tune_service.dashboard import Dashboard, UnreachableError
+from tune_service.errors import AddressError, CommandError
+
+DASHBOARD_PORT = 8265
+TUNNEL_TIMEOUT_S = 30.0
+LOOKUP_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the head of a cluster is reached with ssh."""
+
+    host: str
+    user: str | None
+    key: str | None
+    proxy_command: str | None
+    dashboard_port: int
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Dashboard]:
+    """The dashboard at `address`, for as long as the block runs. AddressError when it is no address."""
+    if re.match(r"https?://", address):
+        yield Dashboard(address, token(), address)
+    elif Path(address).is_file():
+        with _tunnel(read_head(Path(address)), address) as port:
+            yield Dashboard(f"http://127.0.0.1:{port}", token(), address)
+    elif re.fullmatch(r"[\w.-]+:\d+", address):
+        yield Dashboard(f"http://{address}", token(), address)
+    else:
+        expected = "http://127.0.0.1:8265, or the cluster.yaml that `ray up` was given"
+        raise AddressError(Problem("--address", "is a dashboard's URL or a cluster file", address, expected))
+
+
+def token() -> str | None:
+    """The cluster's token, from where Ray looks for it; None: there is none."""
+    if value := os.environ.get("RAY_AUTH_TOKEN"):
+        return value.strip()
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or None
+    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    try:
+        return path.read_text(encoding="ascii").strip() or None
+    except FileNotFoundError:
+        if named is None:
+            return None
+        problem = Problem(
+            "RAY_AUTH_TOKEN_PATH", "names a file", f"no file {named}", "the file with the cluster's token"
+        )
+        raise AddressError(problem) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AddressError(Problem(str(path), "can be read as a token", str(error), "a line of text")) from error
+
+
+def read_head(path: Path) -> Head:
+    """The head that a cluster file names, or that Ray finds with it."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AddressError(Problem(str(path), "is a cluster file of Ray's", str(error), "a cluster.yaml")) from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("provider"), dict):
+        raise AddressError(Problem(str(path), "is a cluster file of Ray's", "no `provider`", "a cluster.yaml"))
+    auth = raw.get("auth") or {}
+    key = auth.get("ssh_private_key")
+    return Head(
+        host=str(raw["provider"].get("head_ip") or _looked_up(path)),
+        user=auth.get("ssh_user"),
+        key=str(Path(key).expanduser()) if key else None,
+        proxy_command=auth.get("ssh_proxy_command"),
+        dashboard_port=_dashboard_port(raw),
+    )
+
+
+def _dashboard_port(raw: dict[str, Any]) -> int:
+    """What the start command of the head says, or Ray's own port."""
+    commands = " ".join(str(command) for command in raw.get("head_start_ray_commands") or ())
+    found = re.search(r"--dashboard-port[= ](\d+)", commands)
+    return int(found[1]) if found else DASHBOARD_PORT
+
+
+def _looked_up(path: Path) -> str:
+    """The head's address where only the cloud knows it. Ray asks, in a process of its own."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "get-head-ip", str(path)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=LOOKUP_TIMEOUT_S, check=False)
+        said = run.stdout.split()
+        if run.returncode == 0 and said:
+            return said[-1]
+        found = (run.stderr.strip() or run.stdout.strip() or f"exit code {run.returncode}").splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        found = f"no answer in {LOOKUP_TIMEOUT_S:.0f} s"
+    expected = "a cluster that `ray up` has started, and the cloud's credentials here"
+    raise CommandError(Problem(str(path), "Ray finds the cluster's head (`ray get-head-ip`)", found, expected))
+
+
+@contextmanager
+def _tunnel(head: Head, address: str) -> Iterator[int]:
+    """A port of this machine that leads to the head's own dashboard port, which is closed to the world."""
+    port = _free_port()
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            process = subprocess.Popen(_ssh(head, port), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        except FileNotFoundError as error:
+            raise CommandError(Problem("ssh", "is installed", "no program ssh", "an OpenSSH client")) from error
+        try:
+            end = time.monotonic() + TUNNEL_TIMEOUT_S
+            while not _is_open(port):
+                if process.poll() is not None or time.monotonic() > end:
+                    said.seek(0)
+                    lines = said.read().strip().splitlines() or [f"no answer in {TUNNEL_TIMEOUT_S:.0f} s"]
+                    expected = (
+                        "a head that runs and takes the key of the cluster file's `auth`; "
+                        f"of a new head at an old address: `ssh-keygen -R {head.host}`"
+                    )
+                    rule = f"an ssh tunnel to the head ({head.host}) of {address} opens"
+                    raise UnreachableError(Problem("--address", rule, lines[-1], expected))
+                time.sleep(0.05)
+            yield port
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _ssh(head: Head, port: int) -> list[str]:
+    known = Path.home() / ".ssh" / "known_hosts"
+    known.parent.mkdir(mode=0o700, exist_ok=True)
+    command = ["ssh", "-N", "-L", f"127.0.0.1:{port}:127.0.0.1:{head.dashboard_port}"]
+    options = {
+        "BatchMode": "yes",
+        "ExitOnForwardFailure": "yes",
+        "StrictHostKeyChecking": "accept-new",  # a head that was seen before must be the same one
+        "UserKnownHostsFile": str(known),
+        "ConnectTimeout": "15",
+        "ServerAliveInterval": "10",
+        "ServerAliveCountMax": "3",
+        "ControlMaster": "no",  # the tunnel is to end with its call
+        "ControlPath": "none",
+    }
+    if head.proxy_command:
+        options["ProxyCommand"] = head.proxy_command
+    for name, value in options.items():
+        command += ["-o", f"{name}={value}"]
+    if head.key:
+        command += ["-i", head.key, "-o", "IdentitiesOnly=yes"]
+    return [*command, f"{head.user}@{head.host}" if head.user else head.host]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _is_open(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True

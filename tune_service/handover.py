@@ -1,0 +1,98 @@
+"""The best trial's way from a cluster's storage to a laptop: one tar file, fetched over the dashboard, checked whole.
+
+The dashboard hands out what lies in the log folder of a node's Ray, links too, to whoever has the token. So the head
+puts a link to the file there for as long as it is fetched.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGTERM, signal
+from types import FrameType
+from typing import Any
+
+from trainables.checkpoint import fsync_tree, sha256
+from trainables.errors import Problem
+from tune_service.dashboard import Dashboard
+from tune_service.errors import CommandError
+from tune_service.parcel import origins
+from tune_service.storage import Storage
+
+_PREFIX = ".export-"
+_STALE_S = 3 * 3600.0
+
+
+@contextmanager
+def exported(name: str, word: str, storage: Storage) -> Iterator[dict[str, Any]]:
+    """On the head: the best trial of a study as a file to be fetched, and what the laptop must know of it.
+
+    The file is there as long as the block runs; SIGTERM ends that like an error does.
+    """
+    from tune_service.best import export_best  # with Optuna, which a question from a laptop need not wait for
+
+    _sweep(storage)
+    signal(SIGTERM, _end)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=storage.root))
+    # This process's output is the job's log, so that its folder is the one the dashboard hands files out of.
+    link = Path("/proc/self/fd/1").readlink().parent / f"tune-service-{word}.tar"
+    try:
+        best = export_best(name, folder / "best", storage)
+        config = folder / "best" / "config.yaml"
+        text = config.read_text(encoding="utf-8")
+        for there, here in origins(storage.study(name).shipped).items():
+            text = text.replace(there, here)  # a spec for the user's machine names its folders
+        config.write_text(text, encoding="utf-8")
+        package = folder / "best.tar"
+        with tarfile.open(package, "w") as tar:
+            tar.add(folder / "best", arcname=".")
+        shutil.rmtree(folder / "best")
+        link.symlink_to(package)
+        yield {
+            "best": best.model_dump(mode="json"),
+            "file": link.name,
+            "bytes": package.stat().st_size,
+            "sha256": sha256(package),
+        }
+    finally:
+        link.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fetch(dashboard: Dashboard, node_id: str, found: Mapping[str, Any], out: Path) -> None:
+    """On the laptop: fetches what `exported` offers to `out`, which is whole or absent."""
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.partial")
+    package = partial / "best.tar"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        digest = dashboard.patiently(lambda: dashboard.download(node_id, found["file"], package, found["bytes"]))
+        if digest != found["sha256"]:
+            rule = "what arrives is what was sent, by its sha256"
+            raise CommandError(Problem(found["file"], rule, digest, f"{found['sha256']}: try again"))
+        with tarfile.open(package) as tar:
+            tar.extractall(partial / "best", filter="data")
+        fsync_tree(partial / "best")
+        (partial / "best").replace(out)
+    except OSError as error:
+        expected = "a folder on a disk with room"
+        raise CommandError(Problem("--out", "can be written", f"{type(error).__name__}: {error}", expected)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(storage: Storage) -> None:
+    """Removes what a killed export left."""
+    for folder in storage.root.glob(f"{_PREFIX}*"):
+        if time.time() - folder.stat().st_mtime > _STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,167 @@
+"""On the head of a cluster: answers one question of a laptop, or runs one study. It is a Ray job's entrypoint.
+
+`remote.py` is the other side. Documents go out as frames of the job's log; a failure goes out as the problems that it
+is made of. A question that waits ends after ANSWER_S, and the laptop asks again: what a laptop leaves behind that has
+gone away is over in a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from trainables.errors import Problem, UserError
+from tune_service import __version__
+from tune_service.errors import CommandError, error_json, exit_code
+from tune_service.frames import encode
+from tune_service.status import StudyView
+from tune_service.storage import Storage
+from tune_service.studies import LocalStudies, view_json
+from tune_service.terminal import shown_stream
+
+ANSWER_S = 60.0
+FETCH_S = 2 * 3600.0
+"""How long an export waits to be fetched."""
+DEFAULT_STORAGE = "~/tune-studies"
+
+
+class Answer:
+    """Where documents go."""
+
+    def __init__(self, word: str, stream: TextIO) -> None:
+        self._word, self._stream = word, stream
+
+    def send(self, document: Mapping[str, Any]) -> None:
+        self._stream.write(encode(self._word, document))
+        self._stream.flush()
+
+    def fail(self, error: BaseException) -> None:
+        """Why there is no answer, as the command there would say it."""
+        self.send({"failure": error_json(error), "code": exit_code(error)})
+
+
+def main() -> None:
+    """The program: `python -m tune_service.head REQUEST`, a JSON document."""
+    request = json.loads(sys.argv[1])
+    with shown_stream(1) as stream:
+        answer = Answer(request["word"], stream)
+        answer.send({"version": __version__})
+        try:
+            _same_version(request)
+            QUESTIONS[request["what"]](request, storage_of(request), answer)
+        except BaseException as error:
+            answer.fail(error)
+            if not isinstance(error, UserError | KeyboardInterrupt):
+                raise
+            sys.exit(exit_code(error))
+        answer.send({"end": True})
+
+
+def _same_version(request: Mapping[str, Any]) -> None:
+    """Only for what starts a study: another version may read its spec otherwise. Answers are a contract."""
+    if request["what"] in ("run", "resume") and request["version"] != __version__:
+        found = f"{request['version']} on this machine, {__version__} on the cluster"
+        raise CommandError(Problem("tune-service", "is the same here and on the cluster", found, "one version on both"))
+
+
+def storage_of(request: Mapping[str, Any]) -> Storage:
+    """What the laptop says, else what the head's environment says, else a folder of the head's user."""
+    root = request.get("storage") or os.environ.get("TUNE_SERVICE_STORAGE") or DEFAULT_STORAGE
+    return Storage(Path.home() / Path(root).expanduser())
+
+
+def _list(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    for row in LocalStudies(storage).list():
+        answer.send({"row": row.to_json(), "metric": row.metric})
+
+
+def _status(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    status = LocalStudies(storage).status(request["study"])
+    answer.send({"status": status.to_json(), "notice": status.notice})
+
+
+def _views(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    before, end = "", time.monotonic() + ANSWER_S
+
+    def look(view: StudyView) -> None:
+        nonlocal before
+        document = view_json(view)
+        line = json.dumps(document)
+        if line != before:
+            answer.send(document)
+            before = line
+
+    _until(end, LocalStudies(storage).views(request["study"]), look, answer)
+
+
+def _logs(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    pieces = LocalStudies(storage).logs(request["study"], request["trial"], request["since"])
+    _until(time.monotonic() + ANSWER_S, pieces, lambda piece: answer.send({"piece": asdict(piece)}), answer)
+
+
+def _until(end: float, source: Iterator[Any], send: Callable[[Any], None], answer: Answer) -> None:
+    """Sends what comes, and at last whether there is more to come."""
+    for each in source:
+        send(each)
+        if time.monotonic() > end:
+            answer.send({"more": True})
+            return
+    answer.send({"more": False})
+
+
+def _stop(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    from tune_service.study import request_stop
+
+    request_stop(request["study"], request["now"], storage)
+
+
+def _where(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    answer.send({"where": LocalStudies(storage).where(request["study"])})
+
+
+def _delete(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    answer.send({"bytes": LocalStudies(storage).delete(request["study"])})
+
+
+def _best(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    from tune_service.handover import exported
+
+    with exported(request["study"], request["word"], storage) as found:
+        answer.send(found)
+        time.sleep(FETCH_S)  # the laptop ends this job when it has the file
+
+
+def _run(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    from tune_service.cluster_study import run_here
+
+    run_here(storage, answer)
+
+
+def _resume(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    from tune_service.cluster_study import resume_here
+
+    resume_here(request["study"], request["trials"], storage, answer)
+
+
+QUESTIONS: Mapping[str, Callable[[Mapping[str, Any], Storage, Answer], None]] = {
+    "list": _list,
+    "status": _status,
+    "views": _views,
+    "logs": _logs,
+    "stop": _stop,
+    "where": _where,
+    "delete": _delete,
+    "best": _best,
+    "run": _run,
+    "resume": _resume,
+}
+
+
+if __name__ == "__main__":
+    main()

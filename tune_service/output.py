@@ -1,0 +1,89 @@
+"""What commands print: for people, or one JSON document. What is heavy is imported by what needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from trainables.errors import UserError
+from tune_service.errors import error_json, exit_code
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_service.live import StudyDisplay
+    from tune_service.status import StudyStatus
+    from tune_service.studies import StudyRow
+
+MAX_ROWS = 20
+
+
+def print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO) -> None:
+    """Why a command failed: on standard error for people, as its document with --json."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted; `tune-service resume` goes on", file=err)
+    if as_json:
+        print(json.dumps(error_json(error), allow_nan=False), file=out, flush=True)
+    elif isinstance(error, UserError):
+        for problem in error.problems:
+            print(f"error: {problem.place}: {problem.rule}", file=err)
+            print(f"  found:    {problem.found}", file=err)
+            print(f"  expected: {problem.expected}", file=err, flush=True)
+
+
+def print_rows(found: Sequence[StudyRow], where: str) -> None:
+    """A list of studies."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("study", "state", "trials", "best", "metric"):
+        table.add_column(column)
+    for row in found:
+        table.add_row(row.study, row.state, str(row.trials), f"{row.best.value:.4f}" if row.best else "-", row.metric)
+    _console().print(table if found else f"no studies in {where}")
+
+
+def _console() -> Console:
+    from tune_service.live import console
+
+    return console(sys.stdout)
+
+
+@contextmanager
+def display(as_json: bool) -> Iterator[StudyDisplay]:
+    """A display on standard output; with --json, which has that for its document, on standard error."""
+    from tune_service.live import StudyDisplay, console
+    from tune_service.terminal import shown_stream
+
+    with shown_stream(1) as out, shown_stream(2) as err:
+
+        def abort(error: BaseException) -> None:
+            print_failure(error, as_json, out, err)
+            os._exit(exit_code(error))
+
+        with StudyDisplay(console(err if as_json else out), abort) as display:
+            yield display
+
+
+def print_status(found: StudyStatus, as_json: bool) -> None:
+    """One study."""
+    if as_json:
+        print_json(found.to_json())
+        return
+    from tune_service.live import best_line, study_table
+
+    console = _console()
+    console.print(study_table(found, MAX_ROWS if console.is_terminal else None))
+    console.print(f"study {found.study}: {found.state}, {len(found.trials)} trials", highlight=False)
+    console.print(best_line(found), highlight=False, soft_wrap=True)
+    if found.notice is not None:
+        console.print(found.notice, style="yellow", highlight=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """The one document of a command."""
+    print(json.dumps(document, allow_nan=False))

@@ -1,0 +1,238 @@
+"""The studies of a cluster, asked from a laptop that holds nothing but the token. `head.py` is the other side.
+
+A question is a short Ray job that runs `head.py` on the head; a study is a long one. Whatever happens to the
+connection, a study does not notice.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from trainables.errors import Problem, UserError
+from tune_service import __version__
+from tune_service.dashboard import Dashboard, DashboardError, Job
+from tune_service.errors import CommandError, RemoteError, StudyExistsError, StudyRunningError
+from tune_service.frames import decode
+from tune_service.handover import fetch
+from tune_service.status import BestTrial, Display, StudyStatus, StudyView
+from tune_service.storage import check_out
+from tune_service.studies import FarView, LogPiece, StudyRow, status_of
+
+QUESTION = "question"
+STUDY = "study"
+POLL_S = 0.1
+SETTLED_S = 10.0
+QUEUE_S = 120.0
+"""How long `submit` waits for the word that the study has begun. A busy head may take longer; the job stays."""
+
+
+class RemoteStudies:
+    """Those of a cluster's storage: `storage` is a folder on the head, None the cluster's own choice."""
+
+    def __init__(self, dashboard: Dashboard, storage: str | None) -> None:
+        self._dashboard = dashboard
+        self._storage = storage
+
+    # Questions
+
+    def list(self) -> Iterator[StudyRow]:
+        for document in self._ask("list"):
+            row = document["row"]
+            best = BestTrial.model_validate(row["best"]) if row["best"] else None
+            yield StudyRow(row["study"], row["state"], row["trials"], best, document["metric"])
+
+    def status(self, name: str) -> StudyStatus:
+        return status_of(self._one("status", study=name))
+
+    def views(self, name: str) -> Iterator[StudyView]:
+        more = True
+        while more:
+            more = False
+            for document in self._ask("views", study=name):
+                more = document.get("more", more)
+                if "status" in document:
+                    yield FarView(document)
+
+    def logs(self, name: str, trial: int | None) -> Iterator[LogPiece]:
+        more, since = True, dict[str, int]()
+        while more:
+            more = False
+            for document in self._ask("logs", study=name, trial=trial, since=since):
+                more = document.get("more", more)
+                if "piece" in document:
+                    raw = document["piece"]
+                    since[raw["file"]] = raw["end"]
+                    yield LogPiece(raw["file"], tuple(raw["lines"]), raw["end"])
+
+    def stop(self, name: str, now: bool) -> StudyStatus:
+        for _ in self._ask("stop", study=name, now=now):
+            pass
+        for _ in self.views(name):
+            pass
+        return self.status(name)
+
+    def where(self, name: str) -> str:
+        return f"{self._one('where', study=name)['where']} on {self._dashboard.address}"
+
+    def delete(self, name: str) -> int:
+        return int(self._one("delete", study=name)["bytes"])
+
+    def best(self, name: str, out: Path) -> BestTrial:
+        check_out(out)
+        with closing(self._ask("best", study=name)) as answers:  # its end removes what lay there to be fetched
+            for document in answers:
+                fetch(self._dashboard, document["node_id"], document, out)
+                return BestTrial.model_validate(document["best"])
+        raise self._silent("best", "no answer")
+
+    # Studies
+
+    def submit(self, name: str, spec_text: str, package: Path, patience_s: float | None = QUEUE_S) -> str:
+        """Hands a new study over. Returns its job once the study has begun, or after `patience_s` (None: never)."""
+        job = self._next_job(name, StudyExistsError)
+        uri = self._dashboard.upload(package)
+        self._start(name, job, "run", {"spec": spec_text}, uri, patience_s)
+        return job
+
+    def resume(self, name: str, trials: str | None, display: Display) -> StudyStatus:
+        """Starts a new job for the study and follows it to its end."""
+        job = self._next_job(name, StudyRunningError)
+        self._start(name, job, "resume", {}, None, None, trials=trials)
+        display.tell(f"study {name} goes on as job {job}; it does not need this command")
+        return self.follow(name, display)
+
+    def follow(self, name: str, display: Display) -> StudyStatus:
+        """Shows a study until it ends."""
+        for view in self.views(name):
+            display.show(view)
+        return self.status(name)
+
+    def _next_job(self, name: str, error: type[UserError]) -> str:
+        """An id for the study's next job. Raises `error` while it has a living one, even one that only waits."""
+        jobs = [job for job in self._dashboard.jobs() if job.metadata.get(STUDY) == name]
+        for job in jobs:
+            if not job.has_ended:
+                rule = "a study is driven by one job"
+                found = f"job {job.id} is {job.status.lower()}"
+                expected = f"another name (--name), or `tune-service stop {name}` first"
+                raise error(Problem("name", rule, found, expected))
+        numbers = [int(job.id.rpartition("-")[2]) for job in jobs if job.id.rpartition("-")[2].isdecimal()]
+        return f"{name}-{max(numbers, default=0) + 1}"
+
+    def _start(
+        self,
+        name: str,
+        job: str,
+        what: str,
+        metadata: Mapping[str, str],
+        package: str | None,
+        patience_s: float | None,
+        **arguments: Any,
+    ) -> None:
+        request = self._request(what, study=name, **arguments)
+        try:
+            self._dashboard.submit(job, _entrypoint(request), {STUDY: name, "job_name": name, **metadata}, package)
+        except DashboardError as error:
+            if self._dashboard.job(job) is None:
+                raise
+            found = f"job {job} was handed in at the same moment"  # its id is the lock: Ray takes it once
+            raise StudyExistsError(Problem("name", "is not taken", found, "another name (--name)")) from error
+        for document in self._answers(request, job, patience_s):
+            if "begun" in document:
+                return
+
+    # How a question is asked
+
+    def _one(self, what: str, **arguments: Any) -> Any:
+        for document in self._ask(what, **arguments):
+            return document
+        raise self._silent(what, "no answer")
+
+    def _ask(self, what: str, **arguments: Any) -> Generator[Any, None, None]:
+        """The documents that answer a question. Raises what the head says is wrong."""
+        request = self._request(what, **arguments)
+        job = f"{QUESTION}-{what}-{request['word']}"
+        title = f"{what} {arguments.get('study', '')}".strip()
+        metadata = {QUESTION: title, "job_name": title}
+        self._dashboard.submit(job, _entrypoint(request), metadata)
+        is_answered = False
+        try:
+            yield from self._answers(request, job)
+            is_answered = True
+        finally:
+            with suppress(CommandError):
+                if not is_answered:
+                    self._dashboard.stop(job)  # nobody waits for the rest
+                self._tidy(job)
+
+    def _request(self, what: str, **arguments: Any) -> dict[str, Any]:
+        own = {"storage": self._storage, "version": __version__, "word": secrets.token_hex(8)}
+        return {"what": what, **arguments, **own}  # in the order in which people read it in a list of jobs
+
+    def _answers(self, request: Mapping[str, Any], job: str, patience_s: float | None = None) -> Iterator[Any]:
+        """What the head answers, as it comes, until its end; with patience, no longer than that."""
+        dashboard, word = self._dashboard, request["word"]
+        began, position, pause_s = time.monotonic(), 0, POLL_S
+        while True:
+            asked = time.monotonic()
+            # Before the log, which is whole then if the job has ended.
+            found = dashboard.patiently(lambda: dashboard.job(job))
+            log = dashboard.patiently(lambda: dashboard.log(job)) if found and found.status != "PENDING" else ""
+            documents, position = decode(word, log, position)
+            for document in documents:
+                if "version" in document:
+                    self._compare(document["version"])
+                elif "failure" in document:
+                    raise RemoteError(document["failure"], document["code"])
+                elif "end" in document:
+                    return
+                else:
+                    yield document | {"node_id": found and found.node_id}
+            if found is None or found.has_ended:
+                raise self._silent(request["what"], _why(found, log))
+            if patience_s is not None and time.monotonic() - began > patience_s:
+                return
+            took_s = time.monotonic() - asked
+            pause_s = min(1.0, max(POLL_S, 2 * took_s))  # a long log is not fetched all the time
+            time.sleep(pause_s)
+
+    def _compare(self, version: str) -> None:
+        if version != __version__:
+            print(f"this is tune-service {__version__}, the cluster has {version}", file=sys.stderr)
+
+    def _tidy(self, job: str) -> None:
+        """Takes old questions off the list of jobs.
+
+        Not this one: Ray puts a job back as FAILED that is deleted in the seconds before its own monitor has seen the
+        job's end.
+        """
+        jobs = self._dashboard.jobs()
+        now_s = next((each.started_s for each in jobs if each.id == job), 0.0)
+        for each in jobs:
+            if QUESTION in each.metadata and each.ended_s is not None and each.ended_s < now_s - SETTLED_S:
+                self._dashboard.delete(each.id)
+
+    def _silent(self, what: str, why: str) -> CommandError:
+        rule = f"the head of {self._dashboard.address} answers `{what}`"
+        expected = "tune-service of this version installed on the head, beside its Ray"
+        return CommandError(Problem("--address", rule, why, expected))
+
+
+def _entrypoint(request: Mapping[str, Any]) -> str:
+    # -P: what lies in the job's folder is the user's, and must not take a library's place.
+    return f"python -P -m tune_service.head {shlex.quote(json.dumps(request))}"
+
+
+def _why(job: Job | None, log: str) -> str:
+    if job is None:
+        return "the cluster has forgotten the job: its head was started anew"
+    lines = [line for line in (log or job.message).splitlines() if line.strip()]
+    return f"job {job.id} {job.status.lower()}: {lines[-1] if lines else 'it printed nothing'}"

@@ -1,0 +1,178 @@
+"""The studies of a storage, as every command but `run` sees them. `remote.py` has the same for those of a cluster."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tune_service.errors import StorageError
+from tune_service.status import BestTrial, Display, Moment, StudyState, StudyStatus, StudyView, TrialStatus
+from tune_service.storage import Storage
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One study in a list."""
+
+    study: str
+    state: StudyState
+    trials: int
+    best: BestTrial | None
+    metric: str
+
+    def to_json(self) -> dict[str, Any]:
+        best = self.best.model_dump(mode="json") if self.best else None
+        return {"study": self.study, "state": self.state, "trials": self.trials, "best": best}
+
+
+@dataclass(frozen=True)
+class LogPiece:
+    """Lines of a rank's log."""
+
+    file: str
+    lines: tuple[str, ...]
+    end: int
+    """Where the next piece begins, in bytes."""
+
+
+class Studies(Protocol):
+    """What can be asked and told of studies, wherever they are."""
+
+    def list(self) -> Iterator[StudyRow]: ...
+
+    def status(self, name: str) -> StudyStatus: ...
+
+    def views(self, name: str) -> Iterator[StudyView]:
+        """The study as it goes on, until it ends. The last view is of after its end."""
+
+    def logs(self, name: str, trial: int | None) -> Iterator[LogPiece]:
+        """What the ranks wrote, and write, until the study ends."""
+
+    def stop(self, name: str, now: bool) -> StudyStatus:
+        """Ends the trials and waits until they have ended."""
+
+    def where(self, name: str) -> str:
+        """Where the study lies, for a question."""
+
+    def delete(self, name: str) -> int:
+        """Returns the study's size in bytes."""
+
+    def best(self, name: str, out: Path) -> BestTrial: ...
+
+    def resume(self, name: str, trials: str | None, display: Display) -> StudyStatus: ...
+
+
+class LocalStudies:
+    """Those of a folder. What is heavy is imported by the question that needs it."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def list(self) -> Iterator[StudyRow]:
+        from tune_service.record import Record
+
+        for folder in self._storage.studies():
+            try:
+                found = Record.open(folder).status()
+            except StorageError as error:  # one broken record hides no other study
+                print(f"left out {error}", file=sys.stderr)
+                continue
+            yield StudyRow(found.study, found.state, len(found.trials), found.best, found.objective.metric)
+
+    def status(self, name: str) -> StudyStatus:
+        from tune_service.record import Record
+
+        return Record.open(self._storage.study(name)).status(deep=True)
+
+    def views(self, name: str) -> Iterator[StudyView]:
+        from tune_service.record import Record
+
+        record = Record.open(self._storage.study(name))
+        while record.folder.driver_is_alive():
+            yield record
+            time.sleep(POLL_S)
+        yield record
+
+    def logs(self, name: str, trial: int | None, since: Mapping[str, int] | None = None) -> Iterator[LogPiece]:
+        """With `since`, file by file from that byte on."""
+        folder = self._storage.study(name)
+        shown = dict(since or {})
+        while True:
+            alive = folder.driver_is_alive()
+            for path in folder.rank_logs(trial):
+                begin = shown.get(path.name, 0)
+                with path.open("rb") as file:
+                    file.seek(begin)
+                    text = file.read()
+                if alive:  # the last line may not be whole yet
+                    text = text[: text.rfind(b"\n") + 1]
+                if text:
+                    shown[path.name] = begin + len(text)
+                    lines = tuple(text.decode(errors="replace").splitlines())
+                    yield LogPiece(path.name, lines, shown[path.name])
+            if not alive:
+                return
+            time.sleep(POLL_S)
+
+    def stop(self, name: str, now: bool) -> StudyStatus:
+        from tune_service.study import stop_study
+
+        return stop_study(name, now, self._storage)
+
+    def where(self, name: str) -> str:
+        return str(self._storage.study(name).path)
+
+    def delete(self, name: str) -> int:
+        from tune_service.study import delete_study
+
+        return delete_study(name, self._storage)
+
+    def best(self, name: str, out: Path) -> BestTrial:
+        from tune_service.best import export_best
+
+        return export_best(name, out, self._storage)
+
+    def resume(self, name: str, trials: str | None, display: Display) -> StudyStatus:
+        from tune_service.study import resume_study
+
+        return resume_study(name, trials, self._storage, display)
+
+
+def view_json(view: StudyView) -> dict[str, Any]:
+    """A view for another process: `status` as the contract has it, and what only displays need."""
+    status = view.status()
+    extra = {"budget_trials": view.budget_trials, "baseline": view.baseline, "notice": view.notice}
+    return {"status": status.to_json(), **extra}
+
+
+class FarView:
+    """A view that came from another process."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self._status = status_of(document)
+        self.objective = self._status.objective
+        self.budget_trials: int = document["budget_trials"]
+        self.baseline: float | None = document["baseline"]
+        self.notice: str | None = document["notice"]
+
+    def trials(self) -> list[TrialStatus]:
+        return list(self._status.trials)
+
+    def changed(self, since: Moment) -> tuple[list[TrialStatus], Moment]:
+        now = self._status.trials
+        return [trial for number, trial in enumerate(now) if [trial] != list(since[number : number + 1])], now
+
+    def status(self) -> StudyStatus:
+        return self._status
+
+
+def status_of(document: Mapping[str, Any]) -> StudyStatus:
+    """The status in a document of another process."""
+    return StudyStatus.model_validate_json(json.dumps(document["status"] | {"notice": document["notice"]}))

@@ -1,0 +1,54 @@
+"""The place where a study runs when nobody names another: a Ray of its own on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tune_service.local_ray import end_children, local_ray, prepare_environment
+from tune_service.machine import this_machine
+from tune_service.place import Usage
+from tune_service.spec import StudySpec
+from tune_service.storage import StudyFolder
+
+
+class ThisMachine:
+    """This machine, as a place for a study."""
+
+    def __init__(self) -> None:
+        self.room = this_machine()
+
+    def settled(self, spec: StudySpec, folder: StudyFolder) -> StudySpec:
+        return spec
+
+    def prepare(self, spec: StudySpec) -> None:
+        prepare_environment(self._concurrent(spec))
+
+    @contextmanager
+    def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> Iterator[LocalSession]:
+        with local_ray(self.room.cpus, self.room.gpus, spec.name, on_lost) as scratch:
+            yield LocalSession(scratch, self._concurrent(spec))
+
+    def end_all(self) -> None:
+        end_children()
+
+    def _concurrent(self, spec: StudySpec) -> int:
+        return self.room.fit(spec.resources, spec.budget.concurrent_trials)
+
+
+@dataclass(frozen=True)
+class LocalSession:
+    """A Ray that serves one study: it has all of it, and nothing to wait for."""
+
+    scratch: Path
+    concurrent: int
+    supervisor_bundle: Mapping[str, float] = field(default_factory=dict)
+    root: Path | None = None
+
+    def slots(self, usage: Usage) -> int:
+        return self.concurrent
+
+    def notice(self, waits: bool) -> str | None:
+        return None
