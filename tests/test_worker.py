@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainables import Context, Report
-from trainables.errors import TrainableError, TrialError
+from trainables.errors import StorageUnavailableError, TrainableError, TrialError
 from trainables.worker import LOG_LINES, RankReport, RankWorker, Task, log_tail, resolve
 
 pytestmark = pytest.mark.usefixtures("as_a_rank")
@@ -229,7 +229,7 @@ def test_a_failed_save_is_a_failure_of_the_rank(begun: Callable[..., RankWorker]
 
     worker = begun(lambda context: [Report(1, {}, full)])
     worker.next_report()
-    with pytest.raises(TrialError, match=r"rank 0 could not write: OSError.*No space left"):
+    with pytest.raises(StorageUnavailableError, match=r"rank 0 raised OSError.*No space left"):
         worker.save(str(tmp_path))
 
 

@@ -60,7 +60,7 @@ class OutOfMemoryError(TrialError):
 
 
 class StorageUnavailableError(TrialError):
-    """The study's storage takes nothing: it is full, or read-only, or away. The trial is not to blame."""
+    """A disk takes nothing: it is full, or read-only, or away. The trial is not to blame."""
 
 
 class CheckpointBudgetError(TrialError):

@@ -95,9 +95,8 @@ class RankWorker:
     def begin(self, task: Task) -> None:
         """Leaves the trial before and gets ready for this one: log file, import, generator. Trains nothing yet."""
         self.end()
-        with _plain_errors(self._rank, writes=True):
-            _log_to(task.log_file(self._rank))
         with _plain_errors(self._rank):
+            _log_to(task.log_file(self._rank))
             trainable = resolve(task.trainable, task.import_path)
             context = Context(
                 params=task.params,
@@ -124,7 +123,7 @@ class RankWorker:
     def save(self, folder: str) -> None:
         """Writes this rank's part of the last report's checkpoint; nothing when its report has no `save`."""
         assert self._report is not None, "a report comes first"
-        with _plain_errors(self._rank, writes=True):
+        with _plain_errors(self._rank):
             if self._report.save is not None:
                 self._report.save(Path(folder))
 
@@ -193,8 +192,8 @@ def _log_to(path: Path) -> None:
 class _plain_errors:  # noqa: N801  (reads as a statement)
     """Turns any exception into a TrialError of text alone: the driver need not have the class to unpickle it."""
 
-    def __init__(self, rank: int, writes: bool = False) -> None:
-        self._rank, self._writes = rank, writes
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
 
     def __enter__(self) -> None:
         return None
@@ -210,13 +209,13 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
             said = f"{type(error).__name__}{': ' if text else ''}{text}"
             if is_out_of_memory(error):
                 raise OutOfMemoryError(f"out of memory: rank {self._rank} raised {said}") from None
-            if self._writes and storage_is_away(error):
-                raise StorageUnavailableError(f"rank {self._rank} could not write: {said}") from None
+            if storage_is_away(error):
+                raise StorageUnavailableError(f"rank {self._rank} raised {said}") from None
             raise TrialError(f"rank {self._rank} raised {said}") from None
 
 
 def storage_is_away(error: BaseException) -> bool:
-    """Whether a write failed for a reason that lies with the disk and not with what was written.
+    """Whether something failed for a reason that lies with a disk, which is full or gone, and not with the trial.
 
     By the words too: libraries in other languages hand on the system's message in an error of their own.
     """

@@ -49,7 +49,8 @@ class Lease:
     def check(self) -> None:
         """LeaseLostError when another process has taken the study over."""
         if self.lost:
-            found = "this process was silent, and another one has taken the study over"
+            silent = "this process was silent, and another one has taken the study over"
+            found = silent if self._path.exists() else f"{self._path} is gone"
             expected = "one of the two; this one ends and writes nothing more"
             raise LeaseLostError(Problem(self._path.parent.name, "a study has one driver", found, expected))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
 from typing import Any
@@ -36,13 +37,26 @@ def run_study(spec: StudySpec, storage: Storage, display: Display, place: Place 
     if problems:
         raise SpecError(problems)
     folder = storage.create(spec.name)
-    with folder.driving() as lease:
-        majority = baseline(spec)
-        spec = place.settled(spec, folder)
-        record = Record.create(folder, _stored(spec), _sampler(spec), lease)
-        record.set_baseline(majority)
+    with ExitStack() as driving:
+        with _whole_or_absent(folder):
+            lease = driving.enter_context(folder.driving())
+            majority = baseline(spec)
+            spec = place.settled(spec, folder)
+            record = Record.create(folder, _stored(spec), _sampler(spec), lease)
+            record.set_baseline(majority)
         _drive(spec, folder, record, lease, display, place)
     return Record.open(folder).status(deep=True)
+
+
+@contextmanager
+def _whole_or_absent(folder: StudyFolder) -> Iterator[None]:
+    """A study that could not be written from its start leaves its name free."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        expected = "a disk with room, or another --storage DIR"
+        raise CommandError(Problem("--storage", "takes what a study writes", str(error), expected)) from error
 
 
 def resume_study(

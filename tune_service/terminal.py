@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -29,8 +29,9 @@ def output_to(log: Path) -> Iterator[None]:
                 os.dup2(file.fileno(), number)
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # the log's disk may be full
+                stream.flush()
         for number, descriptor in saved.items():
             os.dup2(descriptor, number)
             os.close(descriptor)

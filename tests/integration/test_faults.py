@@ -123,7 +123,6 @@ WAYS = {
     "epoch twice": "counts its epochs up from 1; found epoch 1 after epoch 1",
     "two minds": "the ranks disagree on the epoch of their report: [1, 2]",
     "word for number": "could not convert string to float: 'good'",
-    "no disk": "No space left on device",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ def steady(context: Context) -> Iterator[Report]:
         total = _trained(total, context.params["x"], epoch)
         metrics = {"score": total, "train_loss": 1.0 / epoch} | _not_finite(context, epoch)
         _note(context, "report", epoch)
-        yield Report(epoch, metrics, save=partial(_save, context.rank, {"total": total, "epoch": epoch}))
+        state, num_bytes = {"total": total, "epoch": epoch}, context.params.get("ballast_bytes", 0)
+        yield Report(epoch, metrics, save=partial(_save, context.rank, state, num_bytes))
     _note(context, "end", epoch)
 
 
@@ -84,8 +86,6 @@ def odd(context: Context) -> Any:
             return iter([Report(1 + context.rank, {"score": 0.5})])
         case "word for number":
             return iter([Report(1, {"score": "good"})])  # type: ignore[dict-item]
-        case "no disk":
-            return iter([Report(1, {"score": 0.5}, save=_full_disk)])
     return iter([Report(1, {"score": 0.75})])
 
 
@@ -126,12 +126,9 @@ def _not_finite(context: Context, epoch: int) -> dict[str, float]:
     }
 
 
-def _save(rank: int, state: dict[str, Any], folder: Path) -> None:
+def _save(rank: int, state: dict[str, Any], num_bytes: int, folder: Path) -> None:
     (folder / f"state-{rank}.json").write_text(json.dumps(state))
-
-
-def _full_disk(folder: Path) -> None:
-    raise OSError(28, "No space left on device")
+    (folder / f"ballast-{rank}").write_bytes(bytes(num_bytes))
 
 
 def _note(context: Context, event: str, epoch: int) -> None:
@@ -157,8 +154,20 @@ def _go_wrong(context: Context, epoch: int) -> None:
                 raise ValueError("an egg was bad")
             case "exit":
                 os._exit(1)
+            case "eat":
+                _eat()
             case "hold":
                 _note(context, "hold", epoch)
                 end = time.monotonic() + HOLD_S
                 while not (Path(context.params["notes"]) / GO).exists() and time.monotonic() < end:
                     time.sleep(0.05)
+
+
+def _eat() -> None:
+    """Needs more memory than this process may have: a real allocation that fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, hard))
+    try:
+        bytearray(2**36)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
