@@ -63,7 +63,7 @@ def test_a_submitted_study_is_the_study_that_run_makes(laptop: Laptop) -> None:
     assert (row["state"], row["trials"], row["best"]["number"]) == ("completed", 2, 1)
     # Two ranks saved on a node that does not see the studies' disk; both files are in the checkpoint.
     names = sorted(path.name for path in laptop.cluster.storage.glob("bread/checkpoints/trial-00001/epoch-0004/*"))
-    assert names == ["manifest.json", "state-0.json", "state-1.json"]
+    assert {"manifest.json", "state-0.json", "state-1.json"} <= set(names)
 
 
 def test_the_best_model_comes_whole_and_nothing_of_the_way_stays(laptop: Laptop) -> None:
