@@ -14,8 +14,8 @@ import pytest
 from tune_service.fair_share import Claim, Claims, allowed
 
 
-def claim(running: int = 0, wants: int = 100, room: int = 8, study: str = "a") -> Claim:
-    return Claim(study, running, wants, room)
+def claim(running: int = 0, wants: int = 100, room: int = 8, study: str = "a", since_s: float = 0.0) -> Claim:
+    return Claim(study, running, wants, room, since_s)
 
 
 def test_a_study_alone_has_the_whole_cluster() -> None:
@@ -39,9 +39,21 @@ def test_a_part_is_a_part_of_the_cluster_whatever_the_trials_size() -> None:
 
 
 def test_with_more_studies_than_slots_one_that_runs_makes_room_for_one_that_has_none() -> None:
-    others = [claim(running=1, room=2), claim(running=0, room=2)]
+    others = [claim(running=1, room=2), claim(running=0, room=2, since_s=5.0)]
     assert allowed(claim(running=1, room=2), others) == 0
-    assert allowed(claim(running=0, room=2), others) == 1
+    # Its trial has ended: who has had none for longer comes first.
+    assert allowed(claim(running=0, room=1, since_s=7.0), [claim(running=0, room=1, since_s=5.0, wants=0)]) == 1
+    assert allowed(claim(running=0, room=2, since_s=7.0), [*others, claim(running=1, room=2)]) == 0
+    assert allowed(claim(running=0, room=2, since_s=3.0), [*others, claim(running=1, room=2)]) == 1
+
+
+def test_a_slot_that_nobody_holds_goes_to_the_one_that_waits_longest() -> None:
+    first, second = claim(room=1, since_s=1.0), claim(room=1, since_s=2.0, study="b")
+    assert (allowed(first, [second]), allowed(second, [first])) == (1, 0)
+    second = claim(room=2, since_s=2.0, study="b")  # half as large: both have room in a cluster twice as large
+    assert (allowed(claim(room=2), [second]), allowed(second, [claim(room=2)])) == (1, 1)
+    busy = claim(running=1, room=1, study="c")
+    assert (allowed(first, [second, busy]), allowed(second, [first, busy])) == (1, 0)
 
 
 @pytest.mark.parametrize("other", [claim(running=0, wants=0), claim(running=0, room=0), claim(running=0, room=8)])

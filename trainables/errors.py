@@ -84,5 +84,9 @@ class WorkerLostError(TrialError):
     """A rank's process is gone."""
 
 
+class RankNotStartedError(WorkerLostError):
+    """A rank's process was gone before it had done anything: its node was going when it was put there."""
+
+
 class StepDeadlineError(TrialError):
     """A rank gave no report before the step deadline."""

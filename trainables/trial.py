@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainables.checkpoint import CheckpointStore, Manifest
 from trainables.errors import (
     CheckpointBudgetError,
     OutOfMemoryError,
+    RankNotStartedError,
     StepDeadlineError,
     StorageUnavailableError,
     TrialError,
@@ -23,6 +25,9 @@ from trainables.errors import (
 from trainables.fault_points import fault_point
 from trainables.worker import START_DEADLINE_S, Task, storage_is_away
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
+
+NODE_NEWS_S = 5.0
+"""Wait before a group is put on nodes again, when it was put on one that was just going."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,14 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             else:
                 return
         self._group = self._new_group()
-        self._group.begin(task)
+        try:
+            self._group.begin(task)
+        except RankNotStartedError:
+            # When a node goes, Ray knows it some seconds after its processes are gone, and till then puts others there.
+            self._drop_group()
+            time.sleep(NODE_NEWS_S)
+            self._group = self._new_group()
+            self._group.begin(task)
 
     def _result(self, epoch: int, metrics: dict[str, float], manifest: Manifest | None) -> dict[str, Any]:
         return {

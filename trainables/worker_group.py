@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
+from trainables.errors import OutOfMemoryError, RankNotStartedError, StepDeadlineError, TrialError, WorkerLostError
 from trainables.far_ranks import FarRanks, add_to_log
 from trainables.memory import num_oom_kills, tells_of_memory
 from trainables.rank_actor import RankActor
@@ -135,7 +135,10 @@ class RayWorkerGroup(WorkerGroup):
         # A warm group has nothing to start and to import.
         deadline_s = self._deadline.seconds if self._started else START_DEADLINE_S
         end = time.monotonic() + deadline_s
-        self._far.meet(task, deadline_s)
+        try:
+            self._far.meet(task, deadline_s)
+        except WorkerLostError as error:
+            raise RankNotStartedError(str(error)) from None
         if not self._started:
             host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0])[0]
             self._ask(lambda rank: rank.rendezvous.remote(host, port), end - time.monotonic())
@@ -239,6 +242,10 @@ def _free_name(name: str) -> str:
 
 def _one_line(error: Exception) -> str:
     """Ray's messages are paragraphs; the first line that says something is enough beside the log."""
+    if "its node has died" in str(error):
+        return "its node was lost"
+    if isinstance(error, ActorUnavailableError):
+        return "it cannot be reached: its node was lost, or is cut off"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if "cause" in line.lower()]
     return (causes or lines or [type(error).__name__])[0].partition(" Some common causes")[0]

@@ -107,6 +107,7 @@ class ClusterSession:
         self._room = cluster.room
         self._others: list[Claim] = []
         self._slots = 1
+        self._none_since = time.monotonic()
         self._next_look, self._next_nodes = 0.0, time.monotonic() + NODES_S
         self._notice: str | None = None
         self._next_notice = 0.0
@@ -125,7 +126,9 @@ class ClusterSession:
             wants = usage.wants if cap is None else min(cap, usage.wants)
             # A study that waits for nodes nobody has seen yet holds up no other.
             counts = room if self._room.is_final or self._room.fits_now(self._spec.resources) else 0
-            own = Claim(self._spec.name, usage.running, wants, counts)
+            if usage.running:
+                self._none_since = now
+            own = Claim(self._spec.name, usage.running, wants, counts, self._none_since)
             self._others = self._claims.exchange(own)
             self._slots = allowed(own, self._others) if cap is None else min(cap, allowed(own, self._others))
         return self._slots

@@ -3,7 +3,8 @@
 The rule. A study's share is the part of the cluster that it may fill. Shares are dealt evenly; what one study has no
 use for goes to the others (max-min fairness). A study with more than its share starts no trial until it is within it
 again; no trial is ended for it. Where a study has no trial at all and the cluster has no room left for one, no study
-that has some starts another until it has got one: with more studies than slots they take turns.
+that has some, or has had none for less long, starts another until it has got one: with more studies than slots they
+take turns.
 
 Every driver is on the head. Each keeps a file there with what it takes and could take, locked as long as it lives.
 """
@@ -31,6 +32,8 @@ class Claim:
     """Trials that it could run now if there were room for all."""
     room: int
     """Trials like its own that the whole cluster holds; 0: not even one."""
+    since_s: float = 0.0
+    """Since when it has none that hold room, by the head's monotonic clock."""
 
     @property
     def wanted_part(self) -> float:
@@ -47,10 +50,18 @@ def allowed(own: Claim, others: Sequence[Claim]) -> int:
     share = _parts([claim.wanted_part for claim in claims])[0]
     number = max(1, int(share * own.room + _EPSILON))
     held = sum(claim.held_part for claim in claims)
-    starves = any(
-        each.wants and each.room and not each.running and held + 1 / each.room > 1 + _EPSILON for each in others
-    )
-    return min(number, max(0, own.running - 1)) if starves and own.running else number
+    without = [each for each in others if each.wants and each.room and not each.running]
+    if own.running:
+        is_full = bool(without) and held + _one_of_each(without) > 1 + _EPSILON
+        return min(number, own.running - 1) if is_full else number
+    ahead = [each for each in without if (each.since_s, each.study) < (own.since_s, own.study)]
+    is_next = not ahead or held + _one_of_each([*ahead, own]) <= 1 + _EPSILON
+    return number if is_next else 0
+
+
+def _one_of_each(claims: Sequence[Claim]) -> float:
+    """The part of the cluster that one trial of each study takes."""
+    return sum(1 / claim.room for claim in claims if claim.room)
 
 
 def _parts(wanted: Sequence[float]) -> list[float]:

@@ -59,11 +59,11 @@ def test_a_submitted_study_is_the_study_that_run_makes(laptop: Laptop) -> None:
     assert status == laptop.local("status", "bread")
     assert (status["state"], [trial["state"] for trial in status["trials"]]) == ("completed", ["completed"] * 2)
     assert [scores(trial) for trial in status["trials"]] == [curve(0, 4), curve(1, 4)]
-    rows = laptop.json("list")["studies"]
-    assert [(row["study"], row["state"], row["best"]["number"]) for row in rows] == [("bread", "completed", 1)]
+    (row,) = [row for row in laptop.json("list")["studies"] if row["study"] == "bread"]
+    assert (row["state"], row["trials"], row["best"]["number"]) == ("completed", 2, 1)
     # Two ranks saved on a node that does not see the studies' disk; both files are in the checkpoint.
     names = sorted(path.name for path in laptop.cluster.storage.glob("bread/checkpoints/trial-00001/epoch-0004/*"))
-    assert names == ["manifest.json", "state-0.json", "state-1.json"]
+    assert {"manifest.json", "state-0.json", "state-1.json"} <= set(names)
 
 
 def test_the_best_model_comes_whole_and_nothing_of_the_way_stays(laptop: Laptop) -> None:
@@ -108,7 +108,12 @@ def test_a_killed_driver_leaves_nothing_running_and_resume_goes_on_from_the_chec
     laptop.json("submit", spec)
     laptop.program.wait_for_note("rolls", "hold", x=1, epoch=3)
     laptop.cluster.driver("rolls").send_signal(signal.SIGKILL)
-    wait_until(lambda: not laptop.cluster.actors(), 30.0, "all actors to end with the job")
+    job = laptop.cluster.jobs()["rolls-1"]["job_id"]
+
+    def are_gone() -> bool:
+        return not any(actor["job_id"] == job for actor in laptop.cluster.actors())
+
+    wait_until(are_gone, 30.0, "all actors to end with the job")
     assert laptop.json("status", "rolls")["state"] == "interrupted"
     laptop.program.release("rolls")
     status = laptop.json("resume", "rolls")

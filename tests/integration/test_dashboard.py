@@ -56,10 +56,12 @@ def test_the_dashboard_shows_the_study(cluster: Cluster, browser: Browser, progr
         re.findall(r"mrpc slot \d rank \d", text)
     )
 
-    wait_until(lambda: 'state="running"' in published(cluster), 30.0, "the study's numbers")
-    lines = published(cluster)
-    assert re.search(r'ray_tune_service_trials{.*state="running".*study="mrpc".*} 2.0', lines), lines
-    assert re.search(r'ray_tune_service_trial_epoch{.*study="mrpc".*trial="1".*} 2.0', lines), lines
+    def is_published() -> bool:
+        lines = published(cluster)
+        trials = re.search(r'ray_tune_service_trials{.*state="running".*study="mrpc".*} 2.0', lines)
+        return bool(trials and re.search(r'ray_tune_service_trial_epoch{.*study="mrpc".*trial="1".*} 2.0', lines))
+
+    wait_until(is_published, 30.0, "the study's numbers")
 
     program.release("mrpc")
     wait_until(lambda: cluster.jobs()["mrpc-1"]["status"] == "SUCCEEDED", 60.0, "the study's end")
