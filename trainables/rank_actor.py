@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 
 from trainables.far import FarFiles, Mark
+from trainables.redaction import redacted
 from trainables.worker import RankReport, RankWorker, Task
 
 _LOGS, _RESUME, SAVED = "logs", "resume", "saved"
@@ -90,10 +91,10 @@ class RankActor(RankWorker):
             return
         text = _read(self._task.log_file(self._rank), self._shown)
         self._shown += len(text)
-        name = f"trial {self._task.number} rank {self._rank} | ".encode()
-        lines = b"".join(name + line + b"\n" for line in text.splitlines())
+        name = f"trial {self._task.number} rank {self._rank} | "
+        lines = "".join(f"{name}{line}\n" for line in redacted(text.decode(errors="replace")).splitlines())
         if lines:
-            os.write(self._stdout, lines)
+            os.write(self._stdout, lines.encode())
 
 
 def _read(path: Path, offset: int) -> bytes:
