@@ -45,7 +45,7 @@ def test_tune_forgets_the_trials_that_ended_long_ago_and_none_that_has_no_end() 
 
 
 def test_the_next_trial_is_the_first_of_those_that_wait_as_in_tune() -> None:
-    scheduler = _StudyScheduler(driver=None, concurrent=2)  # type: ignore[arg-type]
+    scheduler = _StudyScheduler(driver=None)  # type: ignore[arg-type]
     trials: list[Any] = [FakeTrial(0, Trial.RUNNING), FakeTrial(1, Trial.PENDING), FakeTrial(2, Trial.PENDING)]
     scheduler.trials = {trial.trial_id: trial for trial in trials}
     assert scheduler.choose_trial_to_run(None) is trials[1]

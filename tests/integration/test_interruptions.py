@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 from typing import Any
@@ -112,8 +111,9 @@ def test_a_killed_driver_takes_its_ray_along_and_the_study_goes_on(program: Prog
     assert [trial["state"] for trial in status["trials"]] == ["completed", "paused"]
     assert status["trials"][1]["reason"] == "interrupted: the driver is gone"
 
+    assert len(list(program.scratch.glob("tune-*"))) == 1, "it could not remove its scratch folder"
     check_gone_on(program, "killed", program.json("resume", "killed"), epochs=[1, 2, 3, 3, 4])
-    _sweep(program)
+    assert program.leftovers() == []
 
 
 @pytest.mark.slow
@@ -226,17 +226,10 @@ def test_asha_remembers_its_rungs_after_a_kill(program: Program) -> None:
     reasons = [trial["reason"] for trial in status["trials"]]
     assert reasons == [None, *(f"asha: epoch 2, rank {rank} of {rank}" for rank in (2, 3, 4, 5))]
     assert len({trial["number"] for trial in status["trials"]}) == 5
-    _sweep(program)
 
 
 def _states(program: Program, name: str) -> list[str]:
     return [trial["state"] for trial in program.json("status", name)["trials"]]
-
-
-def _sweep(program: Program) -> None:
-    """Removes the scratch folder that a killed driver could not remove."""
-    (left,) = program.scratch.glob("tune-*")
-    shutil.rmtree(left)
 
 
 def test_nothing_ran_twice_at_once(program: Program) -> None:
