@@ -17,7 +17,8 @@ import psutil
 import pytest
 import ray
 
-from trainables.errors import StepDeadlineError, TrialError, WorkerLostError
+from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
+from trainables.memory import num_oom_kills
 from trainables.worker import START_DEADLINE_S, RankReport, Task
 from trainables.worker_group import InProcessWorkerGroup, RayWorkerGroup, StepDeadline, WorkerGroup
 from tune_service.local_ray import local_ray
@@ -229,6 +230,18 @@ def test_a_rank_that_was_killed_from_outside_is_named(two: RayWorkerGroup, task:
     two.next_report()
     os.kill(pids(two)[1], signal.SIGKILL)
     with pytest.raises(WorkerLostError, match=r"^rank 1 died: .*\nLast lines of trial-00007-rank-1.log:\n"):
+        two.next_report()
+
+
+def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_so(
+    two: RayWorkerGroup, task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.begin(task())
+    two.next_report()
+    before = num_oom_kills()
+    monkeypatch.setattr("trainables.worker_group.num_oom_kills", lambda: before + 1)
+    os.kill(pids(two)[1], signal.SIGKILL)
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory: rank 1 was killed: "):
         two.next_report()
 
 

@@ -19,6 +19,7 @@ from tune_service.searcher import StudySampler
 from tune_service.spec import parse_spec
 from tune_service.storage import Storage
 from tune_service.study import _stored
+from tune_service.this_machine import LocalSession
 from tune_service.tuner import trial_config
 
 WORK = Path("/tmp/golden")
@@ -74,12 +75,13 @@ def main() -> None:
     spec = parse_spec(SPEC, WORK)
     folder = Storage(WORK / "studies").create(spec.name)
     sampler = StudySampler(spec.sampler.name, spec.sampler.seed, direction_of(spec.objective.mode))
+    session = LocalSession(scratch=WORK, concurrent=1)
     with folder.driving() as lease:
         record = Record.create(folder, _stored(spec), sampler, lease)
         driver = Driver(spec, record, lambda line: None)
         while (asked := driver.ask()) is not None:
             driver.started(asked.number)
-            supervisor = Supervisor(trial_config(spec, folder, lease.identity, asked, slot=0))
+            supervisor = Supervisor(trial_config(spec, folder, lease.identity, session, asked, slot=0))
             while driver.result(supervisor.step()):
                 if asked.params["x"] == 5 and record.trial(asked.number).reports:
                     record.request_stop(now=True)

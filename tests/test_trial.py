@@ -1,0 +1,174 @@
+"""What a supervisor makes of its ranks' reports and failures. Its group is one rank in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainables import Context, Report
+from trainables.checkpoint import CheckpointStore
+from trainables.trial import TrialSupervisor, halved
+from trainables.worker import Task
+from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
+
+MAX_EPOCHS = 2
+
+
+def learns(context: Context) -> Iterator[Report]:
+    """Saves 100 bytes an epoch. Micro batches above `fits` take more memory than this process may have."""
+    micro_batch_size = context.settings.get("training", {}).get("micro_batch_size")
+    begin = 0
+    if context.resume_from is not None:
+        begin = json.loads((context.resume_from / "state.json").read_text())["epoch"]
+    for epoch in range(begin + 1, context.max_epochs + 1):
+        if (micro_batch_size or 32) > context.params.get("fits", 32):
+            _ask_for_too_much()
+        yield Report(epoch, {"score": float(micro_batch_size or 0)}, partial(_save, epoch, context.params.get("errno")))
+
+
+def _ask_for_too_much() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, limits[1]))
+    try:
+        bytearray(2**37)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _save(epoch: int, errno: int | None, folder: Path) -> None:
+    if errno is not None:
+        raise OSError(errno, os.strerror(errno))
+    (folder / "state.json").write_text(json.dumps({"epoch": epoch}))
+    (folder / "weights").write_bytes(bytes(100))
+
+
+class Supervisor(TrialSupervisor):
+    """The real one, without Ray."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.setup(config)
+
+    def _new_group(self) -> WorkerGroup:
+        return InProcessWorkerGroup()
+
+
+@pytest.fixture
+def task(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Task:
+    return Task(
+        number=0,
+        trainable="test_trial:learns",
+        params={},
+        seed=1,
+        max_epochs=MAX_EPOCHS,
+        logs=str(tmp_path / "logs"),
+        checkpoints=str(tmp_path / "checkpoints"),
+        settings={"training": {"batch_size": 32, "micro_batch_size": None}},
+        import_path=str(Path(__file__).parent),
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_output() -> Iterator[None]:
+    """A rank sends its process's output to its log, and this process is the rank."""
+    saved = [os.dup(number) for number in (1, 2)]
+    yield
+    for number, descriptor in zip((1, 2), saved, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def supervisor(task: Task) -> Supervisor:
+    shape = {"name": "toy", "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0, "step_timeout_s": None}
+    return Supervisor({"task": asdict(task), "group": shape})
+
+
+def steps(task: Task, number: int) -> list[dict[str, Any]]:
+    """The first results, without what every one has."""
+    found = supervisor(task)
+    results = [found.step() for _ in range(number)]
+    return [{key: value for key, value in each.items() if key not in ("number", "next_within_s")} for each in results]
+
+
+def test_a_trial_is_ready_then_reports_and_saves_each_epoch(task: Task) -> None:
+    ready, first, last = steps(task, 3)
+    assert ready == {"finished": False}
+    assert first == {"epoch": 1, "metrics": [("score", 0.0)], "checkpoint_bytes": 112, "finished": False}
+    assert (last["epoch"], last["finished"]) == (2, True)
+
+
+def test_a_trial_that_goes_on_hands_in_its_last_checkpoints_report_first(task: Task) -> None:
+    steps(task, 2)
+    again, last = steps(task, 2)
+    assert (again["epoch"], again["checkpoint_bytes"], again["finished"]) == (1, 112, False)
+    assert (last["epoch"], last["finished"]) == (2, True)
+
+
+def test_out_of_memory_is_told_as_that_and_leaves_no_group(task: Task) -> None:
+    _, failure = steps(replace(task, params={"fits": 10}), 2)
+    assert failure["failure"].startswith("out of memory: rank 0 raised MemoryError")
+    assert failure["fault"] == "memory" and "micro_batch_size" not in failure
+
+
+def test_a_trial_that_may_shrink_halves_its_micro_batch_until_it_fits(task: Task) -> None:
+    found = supervisor(replace(task, params={"fits": 10}, shrinks=True))
+    results = [found.step() for _ in range(6)]
+    assert [result.get("micro_batch_size") for result in results] == [None, 16, None, 8, None, None]
+    assert results[-1]["metrics"] == [("score", 8.0)], "the third try has it"
+
+
+def test_a_micro_batch_of_one_row_is_not_halved(task: Task) -> None:
+    training = {"batch_size": 8, "micro_batch_size": None}
+    sizes = []
+    smaller: Task | None = replace(task, settings={"training": training})
+    while (smaller := halved(smaller, workers=2)) is not None:
+        sizes.append(smaller.settings["training"]["micro_batch_size"])
+    assert sizes == [2, 1]
+    assert halved(replace(task, settings={}), workers=1) is None, "a trainable of the user's own"
+
+
+@pytest.mark.parametrize(("number", "fault"), [(28, "storage"), (30, "storage"), (2, None)])
+def test_a_failed_save_is_the_storages_fault_only_when_that_takes_nothing(
+    task: Task, number: int, fault: str | None
+) -> None:
+    """ENOSPC, EROFS; ENOENT is the trainable's own."""
+    results = steps(replace(task, params={"errno": number}), 2)
+    assert results[1].get("fault") == fault and os.strerror(number) in results[1]["failure"]
+    assert list(Path(task.checkpoints).glob("trial-*/.*")) == [], "half a checkpoint would take the record's room"
+
+
+def test_room_is_asked_for_before_a_checkpoint_is_written(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = supervisor(task)
+    found.step(), found.step()
+    usage = type("usage", (), {"free": 1_000_050})()
+    monkeypatch.setattr("trainables.checkpoint.shutil.disk_usage", lambda path: usage)
+    failure = found.step()
+    assert failure["fault"] == "storage"
+    assert "No space left on device: 1.0 MB free at" in failure["failure"]
+    assert CheckpointStore(Path(task.checkpoints)).epochs(0) == [1]
+
+
+def test_a_checkpoint_that_the_budget_does_not_hold_is_not_kept(task: Task) -> None:
+    results = steps(replace(task, budget_bytes=111), 2)
+    assert results[1]["fault"] == "budget"
+    assert "checkpoints.budget_gib is too small" in results[1]["failure"]
+    store = CheckpointStore(Path(task.checkpoints))
+    assert store.kept() == {} and store.total_bytes() == 0
+
+
+def test_a_trial_of_a_driver_that_lost_its_lease_commits_nothing(task: Task, tmp_path: Path) -> None:
+    lock = tmp_path / "driver.lock"
+    lock.touch()
+    found = supervisor(replace(task, lease=(str(lock), lock.stat().st_ino)))
+    found.step(), found.step()
+    (tmp_path / "new").touch()
+    (tmp_path / "new").replace(lock)
+    assert "another driver has taken the study over" in found.step()["failure"]
+    assert CheckpointStore(Path(task.checkpoints)).epochs(0) == [1]
