@@ -1,4 +1,4 @@
-"""What a study does at each event: writes the record, decides, keeps the checkpoints within budget. No Ray.
+"""What a study does at each event: writes the record and decides. No Ray.
 
 `tuner.py` calls it from Ray Tune's hooks, always from one thread.
 """
@@ -10,18 +10,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from trainables.checkpoint import CheckpointStore
-from trainables.fault_points import fault_point
 from trainables.worker import START_DEADLINE_S
+from tune_service.kept import KeptCheckpoints
 from tune_service.record import AskedTrial, Record
-from tune_service.retention import Kept, to_delete
 from tune_service.scheduler import Asha
 from tune_service.searcher import distributions, grid_points
 from tune_service.spec import StudySpec
-from tune_service.status import ObjectiveStatus, TrialStatus, objective_value
 
 OVERDUE_MARGIN_S = 30.0
 """How much longer the driver waits than the supervisor, whose own deadline says more about what went wrong."""
@@ -29,24 +25,6 @@ STOP_POLL_S = 0.5
 STANDSTILL_S = 10.0
 """A driver that polls as seldom as this was stopped, or its machine slept."""
 USER_STOP = "stopped by the user"
-
-
-@dataclass
-class _Notes:
-    """What the driver remembers of one trial; all of it is in the record too."""
-
-    open: bool = True
-    stopped: bool = False
-    """Pruned: by the scheduler, or because it diverged."""
-    best: float | None = None
-    best_epoch: int | None = None
-    """The best epoch; of a trial that saves only some epochs, the best of those."""
-    kept: dict[int, int] = field(default_factory=dict)
-    """Epoch -> bytes of the checkpoints that exist."""
-
-    def saw(self, value: float, epoch: int, objective: ObjectiveStatus) -> None:
-        if self.best is None or self.best_epoch == epoch or objective.better(value, self.best):
-            self.best, self.best_epoch = value, epoch
 
 
 class Driver:
@@ -59,10 +37,11 @@ class Driver:
         self._objective = record.objective
         self._distributions = distributions(spec.domains)
         self._asha = _asha(spec)
-        self._store: CheckpointStore = record.folder.checkpoints
-        self._notes: dict[int, _Notes] = {}
-        self._out: set[int] = set()
-        """Trials that were handed out and not left since."""
+        self._store = record.folder.checkpoints
+        trials = record.trials()
+        self._kept = KeptCheckpoints(self._store, record.objective, spec.checkpoints.budget_bytes, trials)
+        if self._asha is not None:
+            self._asha.refill(trials)
         self._due: dict[int, float] = {}
         self._faults: Counter[int] = Counter()
         """Failures of each trial under this driver. `restarts` of the record counts resumes too, which are no fault."""
@@ -76,7 +55,6 @@ class Driver:
         self._grid: list[dict[str, Any]] | None = None
         if spec.sampler.name == "grid":
             self._grid = grid_points(spec.domains, spec.first_params(), record.budget_trials)
-        self._refill(record.trials())
 
     # Events
 
@@ -86,34 +64,23 @@ class Driver:
             return None
         asked = self._record.ask(self._distributions, self._plan)
         if asked is not None:
-            self._notes.setdefault(asked.number, _Notes())
-            self._out.add(asked.number)
-        fault_point("asked")
+            self._kept.hand_out(asked.number)
         return asked
 
     @property
     def has_running(self) -> bool:
         """Whether some trial was handed out and has not been left."""
-        return bool(self._out)
+        return bool(self._kept.out)
 
     @property
     def has_room(self) -> bool:
-        """Whether the checkpoints' budget lets one more trial run beside those that do.
-
-        Each keeps its last checkpoint while it writes the next one, a waiting one its last; and the best stay.
-        """
-        sizes = [num_bytes for notes in self._notes.values() for num_bytes in notes.kept.values()]
-        waiting = sum(
-            notes.open and bool(notes.kept) for number, notes in self._notes.items() if number not in self._out
-        )
-        needed = 2 * (len(self._out) + 1) + waiting + 2
-        return not self._out or needed * max(sizes, default=0) <= self._spec.checkpoints.budget_bytes
+        """Whether the checkpoints' budget lets one more trial run beside those that do."""
+        return self._kept.has_room
 
     @property
     def num_open(self) -> int:
         """Trials that could run now: those without an end, and those that the budget still allows."""
-        ended = sum(not notes.open for notes in self._notes.values())
-        return 0 if self.stopping else self._record.budget_trials - ended
+        return 0 if self.stopping else self._record.budget_trials - self._kept.num_ended
 
     def notice(self, text: str | None) -> None:
         """What people should know of the place where the trials run."""
@@ -208,19 +175,12 @@ class Driver:
             self._give_up(number, f"the report of epoch {epoch} has no objective {metric!r}; its metrics: {has}")
             return False
         new = self._record.report(number, epoch, metrics)
-        notes = self._notes[number]
         value = metrics[metric]
         if self._asha is not None and math.isfinite(value):
             self._asha.add(number, epoch, value)
-        saved = result["checkpoint_bytes"] is not None
-        if saved and not notes.kept:
-            notes.best = None  # from now on only what was saved can be exported
-        if math.isfinite(value) and (saved or not notes.kept):
-            notes.saw(value, epoch, self._objective)
-        if saved:
+        if result["checkpoint_bytes"] is not None:
             self._record.set_saves(number)
-            notes.kept[epoch] = result["checkpoint_bytes"]
-            self._retain()
+        self._kept.saw(number, epoch, value, result["checkpoint_bytes"])
         fault = next((name for name in ("train_loss", "eval_loss", metric) if not _finite(metrics, name)), None)
         if fault is not None:
             self._record.prune(number, f"diverged: {fault} is {metrics[fault]} at epoch {epoch}", diverged=True)
@@ -233,10 +193,10 @@ class Driver:
         return True
 
     def _complete(self, number: int) -> None:
-        if self._notes[number].best is None:
-            self._give_up(number, f"no finite {self._objective.metric} was reported")
-        else:
+        if self._kept.has_value(number):
             self._record.complete(number)
+        else:
+            self._give_up(number, f"no finite {self._objective.metric} was reported")
 
     def _failed(self, number: int, result: Mapping[str, Any]) -> bool:
         """A rank failed. Whether the supervisor is to begin the trial again."""
@@ -284,51 +244,7 @@ class Driver:
     def _leave(self, number: int) -> None:
         """No supervisor holds the trial any more."""
         self._due.pop(number, None)
-        self._out.discard(number)
-        end, notes = self._record.end_of(number), self._notes[number]
-        notes.open = end is None
-        notes.stopped = end == "pruned"
-        if end == "failed":
-            notes.best = None  # a failed trial is never the best one
-        self._retain()
-
-    def _retain(self) -> None:
-        """Deletes the checkpoints that nothing needs any more, and for the budget the worst."""
-        kept = [
-            Kept(
-                trial=trial,
-                epoch=epoch,
-                num_bytes=num_bytes,
-                open=notes.open,
-                stopped=notes.stopped,
-                last=epoch == max(notes.kept),
-                value=notes.best if epoch == notes.best_epoch else None,
-            )
-            for trial, notes in self._notes.items()
-            for epoch, num_bytes in notes.kept.items()
-        ]
-        sign = 1.0 if self._objective.mode == "max" else -1.0
-        for trial, epoch in to_delete(kept, sign, self._spec.checkpoints.budget_bytes, len(self._out)):
-            del self._notes[trial].kept[epoch]
-            self._store.delete(trial, epoch)
-
-    def _refill(self, trials: list[TrialStatus]) -> None:
-        """Takes up a study that goes on: everything is read off the record and the checkpoints that are there."""
-        if self._asha is not None:
-            self._asha.refill(trials)
-        self._store.sweep()
-        kept = self._store.kept()
-        for trial in trials:
-            notes = self._notes[trial.number] = _Notes(trial.ended_at is None, trial.state == "pruned")
-            epochs = kept.pop(trial.number, [])
-            notes.kept = {epoch: self._store.num_bytes(trial.number, epoch) for epoch in epochs}
-            for report in trial.reports if trial.state != "failed" else ():
-                value = objective_value(report, self._objective)
-                if value is not None and (report.epoch in epochs or not epochs):
-                    notes.saw(value, report.epoch, self._objective)
-        for number, epochs in kept.items():  # of trials that the record does not have
-            for epoch in epochs:
-                self._store.delete(number, epoch)
+        self._kept.left(number, self._record.end_of(number))
 
 
 def _asha(spec: StudySpec) -> Asha | None:

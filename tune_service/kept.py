@@ -1,0 +1,122 @@
+"""Which checkpoints a study has, and of what worth they are; keeps them within the budget. No Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from trainables.checkpoint import CheckpointStore
+from tune_service.retention import Kept, to_delete
+from tune_service.status import ObjectiveStatus, TrialState, TrialStatus, objective_value
+
+
+@dataclass
+class _Trial:
+    """What is remembered of one trial; all of it is in the record and in the store."""
+
+    end: TrialState | None = None
+    best: float | None = None
+    best_epoch: int | None = None
+    """The best epoch; of a trial that saves only some epochs, the best of those."""
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Epoch -> bytes of the checkpoints that exist."""
+
+    def saw(self, value: float, epoch: int, objective: ObjectiveStatus) -> None:
+        if self.best is None or self.best_epoch == epoch or objective.better(value, self.best):
+            self.best, self.best_epoch = value, epoch
+
+
+class KeptCheckpoints:
+    """The checkpoints of one study under its driver."""
+
+    def __init__(
+        self, store: CheckpointStore, objective: ObjectiveStatus, budget_bytes: int, trials: Iterable[TrialStatus]
+    ) -> None:
+        """Takes up a study that goes on: what killed writers left is removed, the rest counted."""
+        self._store, self._objective, self._budget_bytes = store, objective, budget_bytes
+        self._trials: dict[int, _Trial] = {}
+        self.out: set[int] = set()
+        """Trials that were handed out and not left since: those that may be saving."""
+        store.sweep()
+        kept = store.kept()
+        for trial in trials:
+            end = trial.state if trial.ended_at is not None else None
+            self._take_up(trial, end, kept.pop(trial.number, []))
+        for number, epochs in kept.items():  # of trials that the record does not have
+            for epoch in epochs:
+                store.delete(number, epoch)
+        self._retain()
+
+    def _take_up(self, status: TrialStatus, end: TrialState | None, epochs: list[int]) -> None:
+        trial = self._trials[status.number] = _Trial(end)
+        trial.sizes = {epoch: self._store.num_bytes(status.number, epoch) for epoch in epochs}
+        for report in status.reports if end != "failed" else ():
+            value = objective_value(report, self._objective)
+            if value is not None and (report.epoch in epochs or not epochs):
+                trial.saw(value, report.epoch, self._objective)
+
+    @property
+    def num_ended(self) -> int:
+        return sum(trial.end is not None for trial in self._trials.values())
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the budget lets one more trial run beside those that do.
+
+        Each keeps its last checkpoint while it writes the next one, a waiting one its last; and the best stay.
+        """
+        sizes = [num_bytes for trial in self._trials.values() for num_bytes in trial.sizes.values()]
+        waiting = sum(
+            trial.end is None and bool(trial.sizes) for number, trial in self._trials.items() if number not in self.out
+        )
+        needed = 2 * (len(self.out) + 1) + waiting + 2
+        return not self.out or needed * max(sizes, default=0) <= self._budget_bytes
+
+    def has_value(self, number: int) -> bool:
+        """Whether the trial has reported a finite objective."""
+        return self._trials[number].best is not None
+
+    def hand_out(self, number: int) -> None:
+        self._trials.setdefault(number, _Trial())
+        self.out.add(number)
+
+    def saw(self, number: int, epoch: int, value: float, num_bytes: int | None) -> None:
+        """A report came, with a checkpoint of `num_bytes` or with none."""
+        trial = self._trials[number]
+        if num_bytes is not None and not trial.sizes:
+            trial.best = None  # from now on only what was saved can be exported
+        if math.isfinite(value) and (num_bytes is not None or not trial.sizes):
+            trial.saw(value, epoch, self._objective)
+        if num_bytes is not None:
+            trial.sizes[epoch] = num_bytes
+            self._retain()
+
+    def left(self, number: int, end: TrialState | None) -> None:
+        """No supervisor holds the trial any more. `end`: how it ended, None when it goes on later."""
+        trial = self._trials[number]
+        self.out.discard(number)
+        trial.end = end
+        if end == "failed":
+            trial.best = None  # a failed trial is never the best one
+        self._retain()
+
+    def _retain(self) -> None:
+        """Deletes the checkpoints that nothing needs any more, and for the budget the worst."""
+        kept = [
+            Kept(
+                trial=number,
+                epoch=epoch,
+                num_bytes=num_bytes,
+                open=trial.end is None,
+                stopped=trial.end == "pruned",
+                last=epoch == max(trial.sizes),
+                value=trial.best if epoch == trial.best_epoch else None,
+            )
+            for number, trial in self._trials.items()
+            for epoch, num_bytes in trial.sizes.items()
+        ]
+        sign = 1.0 if self._objective.mode == "max" else -1.0
+        for number, epoch in to_delete(kept, sign, self._budget_bytes, len(self.out)):
+            del self._trials[number].sizes[epoch]
+            self._store.delete(number, epoch)
