@@ -14,7 +14,7 @@ import pytest
 from tune_service import address
 from tune_service.address import Head, connected, read_head, token
 from tune_service.dashboard import Dashboard, DashboardError, UnreachableError
-from tune_service.errors import AddressError, exit_code
+from tune_service.errors import AddressError, CommandError, exit_code
 from tune_service.frames import decode, encode
 
 
@@ -96,9 +96,53 @@ def test_a_cluster_file_says_how_its_head_is_reached(tmp_path: Path) -> None:
     head = read_head(file)
     assert head == Head("10.0.0.1", "ubuntu", str(tmp_path / "key"), "nc gate", 8888)
     command = address._ssh(head, 5000)
-    assert command[:4] == ["ssh", "-N", "-L", "127.0.0.1:5000:127.0.0.1:8888"]
-    assert command[-1] == "ubuntu@10.0.0.1"
+    assert command[:4] == ["ssh", "-T", "-L", "127.0.0.1:5000:127.0.0.1:8888"]
+    assert command[-2:] == ["ubuntu@10.0.0.1", "cat"], "it ends with its input, and that with the process that has it"
     assert {"ProxyCommand=nc gate", "ExitOnForwardFailure=yes", "BatchMode=yes"} <= set(command)
+
+
+@pytest.mark.parametrize("kept", ["variable", "file"])
+def test_a_token_that_is_none_is_refused_without_being_shown(
+    kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kept == "variable":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "abcd1234\nefgh5678")
+    else:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text("abcd1234\nefgh5678\n")
+    with pytest.raises(AddressError, match="2 words in 2 lines") as refusal:
+        token()
+    assert "abcd1234" not in str(refusal.value) and "efgh5678" not in str(refusal.value)
+
+
+class Redirects(BaseHTTPRequestHandler):
+    """Sends whoever asks to another place."""
+
+    to = ""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.to)
+        self.end_headers()
+
+    def log_message(self, *words: Any) -> None:
+        """Nothing."""
+
+
+def test_the_token_does_not_follow_a_redirect(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Redirects, "to", f"{url}/login")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirects) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        gate = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(DashboardError, match=r"asked with its token"):  # as whoever shows none
+            Dashboard(gate, "right", gate).ray_version()
+        server.shutdown()
+
+
+def test_what_answers_and_is_no_dashboard_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dashboard, "_request", lambda *words, **more: b"<html>welcome</html>")
+    with pytest.raises(CommandError, match="no JSON: '<html>welcome"):
+        Dashboard("http://x", None, "http://x").ray_version()
 
 
 @pytest.mark.parametrize("text", ["- a", "provider: 1", "a: [", "cluster_name: c"])

@@ -211,3 +211,12 @@ def test_whoever_only_looks_is_in_no_drivers_way(storage: Storage) -> None:
 def test_a_url_is_refused_and_never_taken_for_a_folder() -> None:
     with pytest.raises(StorageError, match="object stores are not supported yet"):
         Storage(Path("s3://my-studies/studies"))
+
+
+def test_a_url_is_no_folder_of_the_heads_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head puts what is not absolute under its home folder."""
+    from tune_service.head import storage_of
+
+    monkeypatch.setenv("TUNE_SERVICE_STORAGE", "s3://my-bucket/studies")
+    with pytest.raises(StorageError, match="s3:"):
+        storage_of({"storage": None})

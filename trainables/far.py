@@ -88,9 +88,10 @@ class FarFiles:
             place = Path(tempfile.gettempdir())
             for other in place.glob(f"{_PREFIX}*"):
                 _remove_unheld(other)
-            self._root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+            new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
             # Never closed: the kernel lets go of the lock when this process is gone, however it went.
-            fcntl.flock(os.open(self._root / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+            fcntl.flock(os.open(new / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+            self._root = new.rename(place / new.name[1:])  # others see it only when it is held
         return self._root
 
 

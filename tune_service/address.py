@@ -55,11 +55,12 @@ def connected(address: str) -> Iterator[Dashboard]:
 def token() -> str | None:
     """The cluster's token, from where Ray looks for it; None: there is none."""
     if value := os.environ.get("RAY_AUTH_TOKEN"):
-        return value.strip()
+        return _one_word("RAY_AUTH_TOKEN", value.strip())
     named = os.environ.get("RAY_AUTH_TOKEN_PATH") or None
     path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
     try:
-        return path.read_text(encoding="ascii").strip() or None
+        text = path.read_text(encoding="ascii").strip()
+        return _one_word(str(path), text) if text else None
     except FileNotFoundError:
         if named is None:
             return None
@@ -69,6 +70,13 @@ def token() -> str | None:
         raise AddressError(problem) from None
     except (OSError, UnicodeDecodeError) as error:
         raise AddressError(Problem(str(path), "can be read as a token", str(error), "a line of text")) from error
+
+
+def _one_word(place: str, text: str) -> str:
+    if not re.fullmatch(r"[!-~]+", text):
+        found = f"{len(text.split())} words in {len(text.splitlines())} lines"  # and not what they are
+        raise AddressError(Problem(place, "holds the cluster's token and nothing else", found, "one word"))
+    return text
 
 
 def read_head(path: Path) -> Head:
@@ -118,7 +126,11 @@ def _tunnel(head: Head, address: str) -> Iterator[int]:
     port = _free_port()
     with tempfile.TemporaryFile("w+") as said:
         try:
-            process = subprocess.Popen(_ssh(head, port), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            # Its input ends with this process, however that ends, and with the input the tunnel. In a session of its
+            # own, Ctrl-C in a terminal leaves it open for what is still to be said then.
+            process = subprocess.Popen(
+                _ssh(head, port), stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True
+            )
         except FileNotFoundError as error:
             raise CommandError(Problem("ssh", "is installed", "no program ssh", "an OpenSSH client")) from error
         try:
@@ -137,13 +149,13 @@ def _tunnel(head: Head, address: str) -> Iterator[int]:
             yield port
         finally:
             process.terminate()
-            process.wait()
+            process.communicate()
 
 
 def _ssh(head: Head, port: int) -> list[str]:
     known = Path.home() / ".ssh" / "known_hosts"
     known.parent.mkdir(mode=0o700, exist_ok=True)
-    command = ["ssh", "-N", "-L", f"127.0.0.1:{port}:127.0.0.1:{head.dashboard_port}"]
+    command = ["ssh", "-T", "-L", f"127.0.0.1:{port}:127.0.0.1:{head.dashboard_port}"]
     options = {
         "BatchMode": "yes",
         "ExitOnForwardFailure": "yes",
@@ -161,7 +173,7 @@ def _ssh(head: Head, port: int) -> list[str]:
         command += ["-o", f"{name}={value}"]
     if head.key:
         command += ["-i", head.key, "-o", "IdentitiesOnly=yes"]
-    return [*command, f"{head.user}@{head.host}" if head.user else head.host]
+    return [*command, f"{head.user}@{head.host}" if head.user else head.host, "cat"]
 
 
 def _free_port() -> int:

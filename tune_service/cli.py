@@ -120,7 +120,7 @@ def submit(
     if wait:
         if not as_json:
             print_status(status, as_json)
-        if status.state == "failed":
+        if status.state in ("failed", "interrupted"):
             sys.exit(1)
 
 
@@ -368,7 +368,7 @@ def _load(path: Path, overrides: list[str], name: str | None, storage: Storage) 
 
 def _print_end(found: StudyStatus, as_json: bool) -> None:
     print_status(found, as_json)
-    if found.state == "failed":
+    if found.state in ("failed", "interrupted"):
         sys.exit(1)
 
 

@@ -152,7 +152,13 @@ class Dashboard:
 
     def _json(self, method: str, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        return json.loads(self._request(method, path, data) or b"null")
+        answer = self._request(method, path, data)
+        try:
+            return json.loads(answer or b"null")
+        except ValueError as error:
+            found = f"what is no JSON: {answer[:60].decode(errors='replace')!r}"
+            expected = "the address of a Ray dashboard"
+            raise CommandError(Problem("--address", f"{self.address} is a Ray dashboard", found, expected)) from error
 
     def _request(self, method: str, path: str, data: bytes | None = None, timeout_s: float = TIMEOUT_S) -> bytes:
         try:
@@ -165,7 +171,8 @@ class Dashboard:
     def _open(self, method: str, path: str, data: bytes | None, timeout_s: float) -> Any:
         request = urllib.request.Request(self._url + path, data=data, method=method)
         if self._token is not None:
-            request.add_header("Authorization", f"Bearer {self._token}")
+            # To nobody else: a redirect may lead to another host.
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         request.add_header("Content-Type", "application/json" if method == "POST" else "application/octet-stream")
         try:
             return self._opener.open(request, timeout=timeout_s)

@@ -80,14 +80,16 @@ class Claims:
     def __init__(self, folder: Path, study: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{study}.{os.getpid()}"
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        new = self._path.with_name(f".{self._path.name}")
+        self._descriptor = os.open(new, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        new.rename(self._path)  # others, who remove what nobody holds, see it only when it is held
 
     def exchange(self, own: Claim) -> list[Claim]:
         """Says what this study claims; returns what the others do."""
         data = json.dumps(asdict(own)).encode()
         os.pwrite(self._descriptor, data.ljust(4096), 0)  # one block: whoever reads meanwhile has the old or the new
-        others = (self._living(path) for path in sorted(self._path.parent.iterdir()) if path != self._path)
+        others = (self._living(path) for path in sorted(self._path.parent.glob("[!.]*")) if path != self._path)
         return [claim for claim in others if claim is not None]
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ def exported(name: str, word: str, storage: Storage) -> Iterator[dict[str, Any]]
     """
     from tune_service.best import export_best  # with Optuna, which a question from a laptop need not wait for
 
+    shipped = storage.study(name).shipped
     _sweep(storage)
     signal(SIGTERM, _end)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=storage.root))
@@ -45,7 +46,7 @@ def exported(name: str, word: str, storage: Storage) -> Iterator[dict[str, Any]]
         best = export_best(name, folder / "best", storage)
         config = folder / "best" / "config.yaml"
         text = config.read_text(encoding="utf-8")
-        for there, here in origins(storage.study(name).shipped).items():
+        for there, here in origins(shipped).items():
             text = text.replace(there, here)  # a spec for the user's machine names its folders
         config.write_text(text, encoding="utf-8")
         package = folder / "best.tar"

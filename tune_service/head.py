@@ -11,12 +11,14 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from trainables.errors import Problem, UserError
+from trainables.redaction import redacted
 from tune_service import __version__
 from tune_service.errors import CommandError, error_json, exit_code
 from tune_service.frames import encode
@@ -58,7 +60,7 @@ def main() -> None:
         except BaseException as error:
             answer.fail(error)
             if not isinstance(error, UserError | KeyboardInterrupt):
-                raise
+                sys.stderr.write(redacted(traceback.format_exc()))  # goes into the job's log, which Ray keeps
             sys.exit(exit_code(error))
         answer.send({"end": True})
 

@@ -11,7 +11,7 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from tune_service.studies import FarView, LogPiece, StudyRow, status_of
 QUESTION = "question"
 STUDY = "study"
 POLL_S = 0.1
-SETTLED_S = 10.0
+SETTLED_S = 300.0
+"""A question that ended so long ago is deleted. Whoever asked it may be without a connection for a time."""
 QUEUE_S = 120.0
 """How long `submit` waits for the word that the study has begun. A busy head may take longer; the job stays."""
 
@@ -73,10 +74,16 @@ class RemoteStudies:
                     yield LogPiece(raw["file"], tuple(raw["lines"]), raw["end"])
 
     def stop(self, name: str, now: bool) -> StudyStatus:
-        for _ in self._ask("stop", study=name, now=now):
-            pass
-        for _ in self.views(name):
-            pass
+        try:
+            for _ in self._ask("stop", study=name, now=now):
+                pass
+            for _ in self.views(name):
+                pass
+        except RemoteError:  # perhaps no study yet: its job only waits
+            if not self._living(name):
+                raise
+        for job in self._living(name):  # no driver has heard of the request: this one has not begun
+            self._dashboard.stop(job.id)
         return self.status(name)
 
     def where(self, name: str) -> str:
@@ -117,15 +124,21 @@ class RemoteStudies:
 
     def _next_job(self, name: str, error: type[UserError]) -> str:
         """An id for the study's next job. Raises `error` while it has a living one, even one that only waits."""
-        jobs = [job for job in self._dashboard.jobs() if job.metadata.get(STUDY) == name]
-        for job in jobs:
-            if not job.has_ended:
-                rule = "a study is driven by one job"
-                found = f"job {job.id} is {job.status.lower()}"
-                expected = f"another name (--name), or `tune-service stop {name}` first"
-                raise error(Problem("name", rule, found, expected))
+        jobs = self._jobs(name)
+        for job in self._living(name):
+            rule = "a study is driven by one job"
+            found = f"job {job.id} is {job.status.lower()}"
+            expected = f"another name (--name), or `tune-service stop {name}` first"
+            raise error(Problem("name", rule, found, expected))
         numbers = [int(job.id.rpartition("-")[2]) for job in jobs if job.id.rpartition("-")[2].isdecimal()]
         return f"{name}-{max(numbers, default=0) + 1}"
+
+    def _jobs(self, name: str) -> Sequence[Job]:
+        return [job for job in self._dashboard.jobs() if job.metadata.get(STUDY) == name]
+
+    def _living(self, name: str) -> Sequence[Job]:
+        """The study's jobs without an end, those that only wait too."""
+        return [job for job in self._jobs(name) if not job.has_ended]
 
     def _start(
         self,
@@ -162,9 +175,9 @@ class RemoteStudies:
         job = f"{QUESTION}-{what}-{request['word']}"
         title = f"{what} {arguments.get('study', '')}".strip()
         metadata = {QUESTION: title, "job_name": title}
-        self._dashboard.submit(job, _entrypoint(request), metadata)
         is_answered = False
         try:
+            self._dashboard.submit(job, _entrypoint(request), metadata)
             yield from self._answers(request, job)
             is_answered = True
         finally:
@@ -201,7 +214,7 @@ class RemoteStudies:
             if patience_s is not None and time.monotonic() - began > patience_s:
                 return
             took_s = time.monotonic() - asked
-            pause_s = min(1.0, max(POLL_S, 2 * took_s))  # a long log is not fetched all the time
+            pause_s = max(POLL_S, 2 * took_s)  # a long log is not fetched all the time
             time.sleep(pause_s)
 
     def _compare(self, version: str) -> None:

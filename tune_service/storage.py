@@ -50,7 +50,7 @@ class Storage:
     """A folder of studies."""
 
     def __init__(self, root: Path) -> None:
-        if re.match(r"[a-z0-9]+:/", str(root)):  # it would become a folder named `s3:`
+        if re.search(r"(?:^|/)[a-z0-9]+:/", str(root)):  # it would become a folder named `s3:`
             rule = "a storage is a folder: object stores are not supported yet"
             raise StorageError(
                 Problem("--storage", rule, str(root), "a folder of this machine, or of a cluster's head")

@@ -53,8 +53,10 @@ def _whole_or_absent(folder: StudyFolder) -> Iterator[None]:
     """A study that could not be written from its start leaves its name free."""
     try:
         yield
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(folder.path, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         expected = "a disk with room, or another --storage DIR"
         raise CommandError(Problem("--storage", "takes what a study writes", str(error), expected)) from error
 
