@@ -240,7 +240,8 @@ class RemoteStudies:
 
 
 def _entrypoint(request: Mapping[str, Any]) -> str:
-    # -P: what lies in the job's folder is the user's, and must not take a library's place.
+    # -P: what lies in the folder where a question runs must not take a library's place. A study's own package comes
+    # first on the path all the same, as Ray has it for every job.
     return f"python -P -m tune_service.head {shlex.quote(json.dumps(request))}"
 
 
