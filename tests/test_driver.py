@@ -864,3 +864,39 @@ def test_a_trial_that_starts_again_is_not_judged_twice_at_a_rung_that_it_has_pas
     assert study.fail(first, "rank 0 died")
     assert study.report(first, 1, 0.1, num_bytes=10)  # handed in once more, from the checkpoint
     assert study.report(first, 2, 0.1)
+
+
+def test_what_asha_said_is_done_after_a_kill_that_came_before_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = HandDriven(tmp_path, scheduler=ASHA)
+    study.run(*[0.9] * 9, num_bytes=10)
+    number = study.begin()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(study.record, "prune", _killed)
+        study.report(number, 1, 0.1, num_bytes=10)
+    study.resume()
+    assert study.begin() == number
+    assert not study.report(number, 1, 0.1, num_bytes=10), "the checkpoint that it goes on from"
+    assert (study.trial(number).state, study.trial(number).reason) == ("pruned", "asha: epoch 1, rank 2 of 2")
+
+
+def _killed(*words: object, **more: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_trials_that_are_too_many_for_the_budget_wait_until_fewer_run(tmp_path: Path) -> None:
+    """Nobody knows the size of the first checkpoint of a trainable of the user's own."""
+    study = HandDriven(tmp_path, checkpoints=budget_of(500), budget={"trials": 4})
+    numbers = [study.begin() for _ in range(4)]
+    goes_on = [study.report(number, 1, 0.5, num_bytes=100) for number in numbers[:3]]
+    assert goes_on == [True, True, True]
+    result = {"number": 3, "next_within_s": 60.0, "failure": "checkpoints.budget_gib is too small", "fault": "budget"}
+    assert not study.driver.result(result)
+    assert (study.trial(3).state, study.driver.stopping) == ("paused", False)
+    assert not study.driver.has_room
+    for number in numbers[:3]:
+        study.finish(number)
+    assert study.driver.has_room and study.begin() == 3
+    assert not study.driver.result(result), "alone, it has all the room that there is"
+    assert study.trial(3).state == "failed"

@@ -19,7 +19,7 @@ import pytest
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import CheckpointError
 from tune_service import lease
-from tune_service.errors import LeaseLostError, StudyRunningError, exit_code
+from tune_service.errors import LeaseLostError, StorageError, StudyRunningError, exit_code
 from tune_service.record import Record
 from tune_service.storage import Storage, StudyFolder
 
@@ -131,18 +131,38 @@ def test_a_silent_driver_is_taken_over_and_writes_nothing_more_when_it_wakes_up(
     assert Record.open(folder).budget_trials == 10
 
 
-def test_a_trial_of_a_driver_that_lost_its_lease_commits_no_checkpoint(folder: StudyFolder) -> None:
+@pytest.mark.parametrize("how", ["silent", "dead"])
+def test_a_trial_of_a_driver_that_lost_its_lease_commits_no_checkpoint(folder: StudyFolder, how: str) -> None:
     with other_driver(folder) as process:
-        identity = (str(folder.driver_lock), folder.driver_lock.stat().st_ino)
+        identity = (str(folder.driver_lock), folder.driver_lock.read_text().split()[-1])
         store = CheckpointStore(folder.checkpoints.root, lease=identity)
+        store.check_room(0)
         store.stage(0, 1)
         store.commit(0, 1, {})
-        make_silent(folder, process)
-        with folder.driving():
-            store.stage(0, 2)
-            with pytest.raises(CheckpointError, match="another driver has taken the study over"):
-                store.commit(0, 2, {})
-    assert store.kept() == {0: [1]}
+        store.stage(0, 2)
+        if how == "silent":
+            make_silent(folder, process)
+        else:
+            process.kill()
+            process.wait()
+        with folder.driving() as own:
+            new = CheckpointStore(folder.checkpoints.root, lease=own.identity)
+            (new.stage(0, 2) / "half").write_text("of a checkpoint")
+            for late in (lambda: store.commit(0, 2, {}), lambda: store.check_room(0)):
+                with pytest.raises(CheckpointError, match="another driver has taken the study over"):
+                    late()
+            store.discard(0, 2)
+            new.commit(0, 2, {})
+    assert store.kept() == {0: [1, 2]}, "the new driver's, which the old one's trial left alone"
+
+
+def test_a_process_that_was_stopped_in_the_midst_of_a_write_is_named_after_a_time(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "WRITE_PATIENCE_S", 0.5)
+    with lease.locked(folder.journal_lock), pytest.raises(StorageError, match=r"stopped in the midst of a write"):
+        Record.open(folder).set_budget(9)
+    Record.open(folder).set_budget(10)
 
 
 def test_of_two_that_want_a_silent_drivers_place_one_gets_it(folder: StudyFolder) -> None:

@@ -165,10 +165,9 @@ def test_a_checkpoint_that_the_budget_does_not_hold_is_not_kept(task: Task) -> N
 
 def test_a_trial_of_a_driver_that_lost_its_lease_commits_nothing(task: Task, tmp_path: Path) -> None:
     lock = tmp_path / "driver.lock"
-    lock.touch()
-    found = supervisor(replace(task, lease=(str(lock), lock.stat().st_ino)))
+    lock.write_text("1 on here abc\n")
+    found = supervisor(replace(task, lease=(str(lock), "abc")))
     found.step(), found.step()
-    (tmp_path / "new").touch()
-    (tmp_path / "new").replace(lock)
+    lock.write_text("2 on here def\n")
     assert "another driver has taken the study over" in found.step()["failure"]
     assert CheckpointStore(Path(task.checkpoints)).epochs(0) == [1]

@@ -77,7 +77,7 @@ class Manifest:
 class CheckpointStore:
     """The checkpoints of one study, `ROOT/trial-00003/epoch-0002/`."""
 
-    def __init__(self, root: Path, budget_bytes: int | None = None, lease: tuple[str, int] | None = None) -> None:
+    def __init__(self, root: Path, budget_bytes: int | None = None, lease: tuple[str, str] | None = None) -> None:
         """With `lease`, the driver's, nothing is committed any more once another driver has taken the study over."""
         self.root = root
         self._budget_bytes = budget_bytes
@@ -88,6 +88,7 @@ class CheckpointStore:
 
         Raises OSError (ENOSPC) when the disk has none, CheckpointBudgetError when the study's budget has none.
         """
+        self._check_lease()  # before anything of the other driver's is touched
         trials = {trial: self.epochs(trial)}
         if not trials[trial]:  # its first one: as large as the others'
             trials = self.kept()
@@ -98,6 +99,10 @@ class CheckpointStore:
         if free < expected + RECORD_ROOM_BYTES:
             found = f"{free / 1e6:.1f} MB free at {self.root}, a checkpoint takes {expected / 1e6:.1f} MB"
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {found}")
+
+    def _check_lease(self) -> None:
+        if self._lease is not None and not lease_holds(self._lease):
+            raise CheckpointError(f"{self.root}: another driver has taken the study over")
 
     def _check_budget(self, more_bytes: int) -> None:
         used = self.total_bytes()
@@ -144,8 +149,7 @@ class CheckpointStore:
         self._check_budget(0)
         fsync_tree(staging)
         fault_point(f"committing-{trial}-{epoch}")
-        if self._lease is not None and not lease_holds(self._lease):
-            raise CheckpointError(f"{staging}: another driver has taken the study over")
+        self._check_lease()
         if final.exists():
             self.delete(trial, epoch)
         staging.replace(final)
@@ -194,18 +198,19 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def discard(self, trial: int, epoch: int) -> None:
-        """Drops a staged checkpoint that will not be committed."""
-        shutil.rmtree(self._staging(trial, epoch), ignore_errors=True)
+        """Drops a staged checkpoint that will not be committed; not another driver's of the same name."""
+        if self._lease is None or lease_holds(self._lease):
+            shutil.rmtree(self._staging(trial, epoch), ignore_errors=True)
 
     def _staging(self, trial: int, epoch: int) -> Path:
         return self.folder(trial, epoch).with_name(f".staging-epoch-{epoch:04d}")
 
 
-def lease_holds(lease: tuple[str, int]) -> bool:
-    """Whether the driver's lock file, (path, inode), is still the one at that path."""
-    path, inode = lease
+def lease_holds(lease: tuple[str, str]) -> bool:
+    """Whether the lock file, (path, token), is still that driver's."""
+    path, token = lease
     try:
-        return Path(path).stat().st_ino == inode
+        return Path(path).read_text(errors="replace").split()[-1:] == [token]
     except FileNotFoundError:
         return False
 

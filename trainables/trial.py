@@ -164,6 +164,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def _new_group(self) -> WorkerGroup:
         shape = self._shape
+        self._deadline = StepDeadline(shape.step_timeout_s)  # a new group is cold
         return RayWorkerGroup(
             shape.name,
             shape.workers,

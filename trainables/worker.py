@@ -10,6 +10,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ class Task:
     """Root of the study's checkpoint store."""
     budget_bytes: int | None = None
     """Of all the study's checkpoints."""
-    lease: tuple[str, int] | None = None
-    """(path, inode) of the driver's lock file: while that path is that file, this is the study's one driver's trial."""
+    lease: tuple[str, str] | None = None
+    """(path, token) of the driver's lock file: while that holds that token, this is the study's one driver's trial."""
     shrinks: bool = False
     """Out of memory, it is tried again with half the micro batch."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -205,8 +206,9 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            sys.stderr.write(redacted("".join(traceback.format_exception(error))))
-            sys.stderr.flush()
+            with suppress(OSError):  # the log's own disk may be full
+                sys.stderr.write(redacted("".join(traceback.format_exception(error))))
+                sys.stderr.flush()
             text = text_of(error).strip()
             said = redacted(f"{type(error).__name__}{': ' if text else ''}{text}")
             if is_out_of_memory(error):

@@ -15,12 +15,19 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from trainables.errors import OutOfMemoryError, RankNotStartedError, StepDeadlineError, TrialError, WorkerLostError
+from trainables.errors import (
+    OutOfMemoryError,
+    RankNotStartedError,
+    StepDeadlineError,
+    StorageUnavailableError,
+    TrialError,
+    WorkerLostError,
+)
 from trainables.far_ranks import FarRanks, add_to_log
 from trainables.memory import num_oom_kills, tells_of_memory
 from trainables.rank_actor import RankActor
 from trainables.redaction import redacted
-from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail
+from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail, storage_is_away
 
 STEP_DEADLINE_MIN_S = 60.0
 STEP_DEADLINE_FACTOR = 5.0
@@ -128,7 +135,6 @@ class RayWorkerGroup(WorkerGroup):
         ]
         self._far = FarRanks(self._ask)
         self._started = False
-        self._num_oom_kills = num_oom_kills()
 
     def begin(self, task: Task) -> None:
         self._task = task
@@ -171,6 +177,7 @@ class RayWorkerGroup(WorkerGroup):
 
         TrialError as soon as one rank fails, whatever the others do.
         """
+        self._num_oom_kills = num_oom_kills()  # what was killed before is none of these
         asked = list(range(len(self._ranks)) if only is None else only)
         rank_of = {call(self._ranks[rank]): rank for rank in asked}
         answers: dict[int, Any] = {}
@@ -209,7 +216,11 @@ class RayWorkerGroup(WorkerGroup):
         try:
             return ray.get(reference)
         except RayTaskError as error:
-            kind = type(error.cause) if isinstance(error.cause, TrialError) else TrialError
+            kind = TrialError
+            if isinstance(error.cause, TrialError):
+                kind = type(error.cause)
+            elif storage_is_away(error.cause):
+                kind = StorageUnavailableError
             if rank in self._far and self._task is not None:
                 with suppress(RayError):  # its last words; what went wrong is known without
                     add_to_log(self._task, rank, ray.get(self._ranks[rank].log_piece.remote(), timeout=LAST_WORDS_S))

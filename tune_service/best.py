@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from trainables.checkpoint import CheckpointStore, Manifest, fsync_tree, write_json
-from trainables.errors import Problem
+from trainables.errors import CheckpointError, Problem
 from tune_service.errors import CommandError
 from tune_service.record import Record
 from tune_service.spec import StudySpec, dump_yaml, spec_for_trial
@@ -14,6 +14,7 @@ from tune_service.status import BestTrial, StudyStatus
 from tune_service.storage import Storage, check_out
 from tune_service.study import stored_spec
 
+TRIES = 3
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -24,22 +25,37 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     `config.yaml` is a spec that trains this trial again, `metrics.json` is what it reached. Raises OutputNotEmptyError,
     and CommandError when the study has no best trial or `out` cannot be written.
     """
-    folder = storage.study(name)
     check_out(out)
+    folder = storage.study(name)
     record = Record.open(folder)
+    for _ in range(TRIES):
+        try:
+            return _export(name, record, out.absolute(), folder.checkpoints)
+        except CheckpointError:  # the driver of a running study has a better one, and has deleted this
+            continue
+    found = f"{TRIES} times it was gone before it was copied"
+    raise CommandError(Problem(name, "has a best trial that stays for a moment", found, "another try"))
+
+
+def _export(name: str, record: Record, out: Path, checkpoints: CheckpointStore) -> BestTrial:
     status = record.status(deep=True)
     if status.best is None:
         found = f"no completed or pruned trial with a finite {status.objective.metric} and a whole checkpoint"
         raise CommandError(Problem(name, "has a best trial", found, "a study with at least one trial that ended"))
     spec = stored_spec(record)
-    out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(partial, spec, status, status.best, folder.checkpoints)
+        if record.saves(status.best.number):
+            checkpoint = checkpoints.folder(status.best.number, status.best.epoch)
+            _copy(checkpoint, partial if spec.is_finetune else partial / "checkpoint", only_model=spec.is_finetune)
+        _write(partial, spec, status, status.best)
         fsync_tree(partial)
         partial.replace(out)
+    except CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         expected = "a folder on a disk with room"
@@ -47,10 +63,7 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     return status.best
 
 
-def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial, checkpoints: CheckpointStore) -> None:
-    checkpoint = checkpoints.folder(best.number, best.epoch)
-    if checkpoint.exists():
-        _copy(checkpoint, out if spec.is_finetune else out / "checkpoint", only_model=spec.is_finetune)
+def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial) -> None:
     retrain = spec_for_trial(spec, best.params, name=f"{spec.name[:50]}-best")
     (out / "config.yaml").write_text(dump_yaml(retrain))
     trial = status.trials[best.number]
@@ -72,4 +85,6 @@ def _copy(checkpoint: Path, out: Path, only_model: bool) -> None:
         if only_model and (path.parts[0] != "model" or path.suffix in PICKLES):
             continue
         (out / path).parent.mkdir(parents=True, exist_ok=True)
+        if not (checkpoint / path).exists():
+            raise CheckpointError(f"{checkpoint / path} is gone")
         shutil.copyfile(checkpoint / path, out / path)

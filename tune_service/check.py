@@ -14,18 +14,17 @@ from typing import Any
 import numpy as np
 
 from trainables.checkpoint import GIB
-from trainables.config import DataConfig, ModelConfig
+from trainables.config import DataConfig
 from trainables.data import TextData, read_texts
 from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
-from trainables.model_files import check_model_files, least_parameters
+from trainables.model_files import check_model_files
+from tune_service.kept import least_bytes
 from tune_service.place import Room
 from tune_service.spec import StudySpec
 from tune_service.storage import Storage
 
 IMPORT_TIMEOUT_S = 120
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: weights and AdamW's two moments, in fp32."""
 CHECKPOINTS_AT_ONCE = 4
 
 
@@ -60,7 +59,7 @@ def run_checks(spec: StudySpec, storage: Storage, room: Room) -> list[Check]:
     if spec.is_finetune and data is not None:
         checks.append(_check("data", lambda: _describe(_texts(data))))
     if spec.is_finetune and model is not None:
-        checks.append(_check("checkpoints", lambda: _checkpoints(spec, model, storage)))
+        checks.append(_check("checkpoints", lambda: _checkpoints(spec, storage)))
     return checks
 
 
@@ -103,12 +102,9 @@ def _resources(spec: StudySpec, room: Room) -> str:
     return f"{room.offer()}: {room.fit(spec.resources, spec.budget.concurrent_trials)} trials at once"
 
 
-def _checkpoints(spec: StudySpec, model: ModelConfig, storage: Storage) -> str:
+def _checkpoints(spec: StudySpec, storage: Storage) -> str:
     """Whether the budget, and the disk, hold the checkpoints that must be there at one moment for one trial to run."""
-    try:
-        each = least_parameters(model) * BYTES_PER_PARAMETER
-    except (OSError, ValueError, TypeError, KeyError):  # told by the check of the model
-        each = 0
+    each = least_bytes(spec)
     needed, budget = CHECKPOINTS_AT_ONCE * each, spec.checkpoints.budget_bytes
     if needed > budget:
         raise UserError(

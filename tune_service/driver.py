@@ -10,10 +10,11 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from trainables.worker import START_DEADLINE_S
-from tune_service.kept import KeptCheckpoints
+from tune_service.kept import KeptCheckpoints, least_bytes
 from tune_service.record import AskedTrial, Record
 from tune_service.scheduler import Asha
 from tune_service.searcher import distributions, grid_points
@@ -39,7 +40,9 @@ class Driver:
         self._asha = _asha(spec)
         self._store = record.folder.checkpoints
         trials = record.trials()
-        self._kept = KeptCheckpoints(self._store, record.objective, spec.checkpoints.budget_bytes, trials)
+        self._kept = KeptCheckpoints(
+            self._store, record.objective, spec.checkpoints.budget_bytes, least_bytes(spec), trials
+        )
         if self._asha is not None:
             self._asha.refill(trials)
         self._due: dict[int, float] = {}
@@ -174,10 +177,11 @@ class Driver:
             has = ", ".join(sorted(metrics)) or "none"
             self._give_up(number, f"the report of epoch {epoch} has no objective {metric!r}; its metrics: {has}")
             return False
-        new = self._record.report(number, epoch, metrics)
         value = metrics[metric]
         if self._asha is not None and math.isfinite(value):
             self._asha.add(number, epoch, value)
+        may_stop = self._asha is not None and not result["finished"]
+        reason = self._record.report(number, epoch, metrics, partial(self._verdict, number, epoch, may_stop))
         if result["checkpoint_bytes"] is not None:
             self._record.set_saves(number)
         self._kept.saw(number, epoch, value, result["checkpoint_bytes"])
@@ -185,12 +189,13 @@ class Driver:
         if fault is not None:
             self._record.prune(number, f"diverged: {fault} is {metrics[fault]} at epoch {epoch}", diverged=True)
             return False
-        # A trial that starts again hands in its last epoch once more; it has passed that rung.
-        reason = self._asha.stop_reason(number, epoch) if self._asha is not None and new else None
-        if reason is not None and not result["finished"]:
+        if reason is not None:
             self._record.prune(number, reason)
             return False
         return True
+
+    def _verdict(self, number: int, epoch: int, may_stop: bool) -> str | None:
+        return self._asha.stop_reason(number, epoch) if self._asha is not None and may_stop else None
 
     def _complete(self, number: int) -> None:
         if self._kept.has_value(number):
@@ -213,6 +218,11 @@ class Driver:
             self._record.set_micro_batch_size(number, size)
             self._record.start(number)
             return True
+        if fault == "budget" and len(self._kept.out) > 1:  # too many side by side; with fewer it may fit
+            self._tell(f"trial {number}: {_first_line(reason)}; it waits until fewer run")
+            self._record.pause(number, reason)
+            self._leave(number)
+            return False
         if fault is not None:  # to try the same again would end the same
             self._give_up(number, reason)
             self._leave(number)

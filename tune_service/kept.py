@@ -7,8 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from trainables.checkpoint import CheckpointStore
+from trainables.model_files import least_parameters
 from tune_service.retention import Kept, to_delete
+from tune_service.spec import StudySpec
 from tune_service.status import ObjectiveStatus, TrialState, TrialStatus, objective_value
+
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: weights and AdamW's two moments, in fp32."""
 
 
 @dataclass
@@ -27,14 +32,33 @@ class _Trial:
             self.best, self.best_epoch = value, epoch
 
 
+def least_bytes(spec: StudySpec) -> int:
+    """What one checkpoint of a study takes at least, optimizer state included; 0 when nothing tells."""
+    if spec.model is None:
+        return 0
+    try:
+        return least_parameters(spec.model) * BYTES_PER_PARAMETER
+    except (OSError, ValueError, TypeError, KeyError):  # told by the check of the model
+        return 0
+
+
 class KeptCheckpoints:
     """The checkpoints of one study under its driver."""
 
     def __init__(
-        self, store: CheckpointStore, objective: ObjectiveStatus, budget_bytes: int, trials: Iterable[TrialStatus]
+        self,
+        store: CheckpointStore,
+        objective: ObjectiveStatus,
+        budget_bytes: int,
+        least_bytes: int,
+        trials: Iterable[TrialStatus],
     ) -> None:
-        """Takes up a study that goes on: what killed writers left is removed, the rest counted."""
+        """Takes up a study that goes on: what killed writers left is removed, the rest counted.
+
+        `least_bytes`: what one checkpoint takes at least, as far as that is known before there is one.
+        """
         self._store, self._objective, self._budget_bytes = store, objective, budget_bytes
+        self._least_bytes = least_bytes
         self._trials: dict[int, _Trial] = {}
         self.out: set[int] = set()
         """Trials that were handed out and not left since: those that may be saving."""
@@ -46,7 +70,6 @@ class KeptCheckpoints:
         for number, epochs in kept.items():  # of trials that the record does not have
             for epoch in epochs:
                 store.delete(number, epoch)
-        self._retain()
 
     def _take_up(self, status: TrialStatus, end: TrialState | None, epochs: list[int]) -> None:
         trial = self._trials[status.number] = _Trial(end)
@@ -71,7 +94,7 @@ class KeptCheckpoints:
             trial.end is None and bool(trial.sizes) for number, trial in self._trials.items() if number not in self.out
         )
         needed = 2 * (len(self.out) + 1) + waiting + 2
-        return not self.out or needed * max(sizes, default=0) <= self._budget_bytes
+        return not self.out or needed * max([self._least_bytes, *sizes]) <= self._budget_bytes
 
     def has_value(self, number: int) -> bool:
         """Whether the trial has reported a finite objective."""
@@ -80,6 +103,7 @@ class KeptCheckpoints:
     def hand_out(self, number: int) -> None:
         self._trials.setdefault(number, _Trial())
         self.out.add(number)
+        self._retain()  # one more writer needs room
 
     def saw(self, number: int, epoch: int, value: float, num_bytes: int | None) -> None:
         """A report came, with a checkpoint of `num_bytes` or with none."""

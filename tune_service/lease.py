@@ -11,16 +11,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainables.checkpoint import lease_holds
 from trainables.errors import Problem
 from tune_service.errors import LeaseLostError, StorageError, StudyRunningError
 
+LOOK_PATIENCE_S = 1.0
+"""`status` holds a driver's lock for a moment, to look."""
+WRITE_PATIENCE_S = 30.0
+"""A write of another process takes as long as its disk."""
 BEAT_S = 1.0
 SILENT_S = 15.0
 """Without a beat for so long, a holder may be gone; whoever wants to drive the study then may."""
@@ -33,15 +38,16 @@ STARTING_S = 300.0
 class Lease:
     """This process's hold on a study."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, token: str) -> None:
         self._path = path
         self._descriptor = descriptor
+        self._token = token
         self._sign = time.monotonic()
 
     @property
-    def identity(self) -> tuple[str, int]:
-        """(path, inode): the lease holds as long as that path is that file."""
-        return str(self._path), os.fstat(self._descriptor).st_ino
+    def identity(self) -> tuple[str, str]:
+        """(path, token): the lease holds as long as that file ends with that token."""
+        return str(self._path), self._token
 
     @property
     def lost(self) -> bool:
@@ -84,7 +90,8 @@ class Lease:
                 self._sign = now  # the whole process stood still: no word on its main loop
             before = now
             if now - self._sign <= STUCK_S:
-                os.utime(self._descriptor)
+                with suppress(OSError):  # a disk that is away for a moment
+                    os.utime(self._descriptor)
             elif not is_stuck:
                 is_stuck = True
                 on_stuck(f"the driver has been stuck for {STUCK_S:.0f} s")
@@ -117,7 +124,10 @@ def locked(path: Path) -> Iterator[None]:
     """Holds the kernel's lock on a file, which ends with its holder."""
     descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not _lock_patiently(descriptor, WRITE_PATIENCE_S):
+            found = f"a process has held {path} for {WRITE_PATIENCE_S:.0f} s: it was stopped in the midst of a write"
+            expected = "`kill -CONT`, or `kill -9`, of the process that driver.lock names"
+            raise StorageError(Problem(path.parent.name, "its record has one writer at a time", found, expected))
         yield
     finally:
         os.close(descriptor)
@@ -137,19 +147,20 @@ def _open(path: Path) -> int:
 def _take(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> Lease:
     descriptor = _open(path)
     try:
-        if not _lock_patiently(descriptor):
+        if not _lock_patiently(descriptor, LOOK_PATIENCE_S):
             descriptor = _take_over(path, descriptor, journal_lock, tell)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        token = secrets.token_hex(8)  # not the inode: who follows a dead holder has the same file
+        os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename} {token}\n".encode(), 0)
     except BaseException:
         os.close(descriptor)
         raise
-    return Lease(path, descriptor)
+    return Lease(path, descriptor, token)
 
 
 def _take_over(path: Path, silent: int, journal_lock: Path, tell: Callable[[str], None]) -> int:
     """Puts a new lock file in the place of a silent holder's. Returns its descriptor, locked."""
-    holder = os.pread(silent, 100, 0).decode(errors="replace").strip()
+    holder = os.pread(silent, 200, 0).decode(errors="replace").strip().rpartition(" ")[0]
     new = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -175,13 +186,13 @@ def _age_s(path: Path) -> float:
     return time.time() - path.stat().st_mtime
 
 
-def _lock_patiently(descriptor: int) -> bool:
-    """Takes the exclusive lock. Patient, since `status` holds a shared one for a moment to look."""
-    end = time.monotonic() + 1.0
+def _lock_patiently(descriptor: int, patience_s: float) -> bool:
+    """Takes the exclusive lock, as soon as nobody has it."""
+    end = time.monotonic() + patience_s
     while not _lock(descriptor, fcntl.LOCK_EX):
         if time.monotonic() > end:
             return False
-        time.sleep(0.05)
+        time.sleep(0.005)
     return True
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import select
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TextIO
+from threading import Thread
+from typing import IO, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tune_service.errors import exit_code
 from tune_service.status import (
     BestTrial,
     Moment,
@@ -26,6 +30,7 @@ from tune_service.status import (
 )
 
 REFRESH_S = 0.5
+LAST_WORDS_S = 5.0
 NUM_BEST = 5
 NUM_NEWEST = 200
 """More than a terminal has lines."""
@@ -41,10 +46,10 @@ def console(stream: TextIO) -> Console:
 class StudyDisplay:
     """Shows a running study on `console`; in a terminal as a table that stays in place."""
 
-    def __init__(self, console: Console, abort: Callable[[BaseException], None] | None = None) -> None:
-        """`abort` says why and ends the process at once; whoever only looks on needs none."""
+    def __init__(self, console: Console, last_words: Callable[[BaseException], None] = lambda error: None) -> None:
+        """`last_words` prints why the process ends at once, when it must."""
         self._console = console
-        self._abort = abort
+        self._last_words = last_words
         self._live = _live(console) if console.is_terminal else None
         self._next = 0.0
         self._began = time.monotonic()
@@ -67,11 +72,17 @@ class StudyDisplay:
 
     def abort(self, error: BaseException) -> None:
         """Ends this process, from any of its threads: its main one hangs where no exception reaches it."""
-        if self._live is not None:
-            with _reader_may_be_gone():
-                self._live.stop()
-        assert self._abort is not None, "whoever drives a study can end it"
-        self._abort(error)
+
+        def say() -> None:
+            if self._live is not None:
+                with _reader_may_be_gone():
+                    self._live.stop()
+            self._last_words(error)
+
+        words = Thread(target=say, daemon=True)  # whoever should read them may not
+        words.start()
+        words.join(LAST_WORDS_S)
+        os._exit(exit_code(error))
 
     def show(self, view: StudyView) -> None:
         now = time.monotonic()
@@ -81,6 +92,8 @@ class StudyDisplay:
                 self._show(view)
 
     def _show(self, view: StudyView) -> None:
+        if not _takes_more(self._console.file):
+            return  # a terminal that stands still (Ctrl-S, a slow line) must not hold up the study
         seen = self._study
         changed = seen.look(view)
         best = seen.leaders[0][1] if seen.leaders else None
@@ -169,6 +182,14 @@ def _reader_may_be_gone() -> Iterator[None]:
     """A pipe or a terminal that is closed ends no study. Rich answers the first with SystemExit."""
     with suppress(OSError, SystemExit):
         yield
+
+
+def _takes_more(stream: IO[str]) -> bool:
+    """Whether writing would not block, as far as can be told."""
+    try:
+        return bool(select.select([], [stream.fileno()], [], 0)[1])
+    except (OSError, ValueError):  # no file of the system's
+        return True
 
 
 def _live(console: Console) -> Live:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainables.errors import UserError
-from tune_service.errors import error_json, exit_code
+from tune_service.errors import error_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,12 +60,8 @@ def display(as_json: bool) -> Iterator[StudyDisplay]:
     from tune_service.terminal import shown_stream
 
     with shown_stream(1) as out, shown_stream(2) as err:
-
-        def abort(error: BaseException) -> None:
-            print_failure(error, as_json, out, err)
-            os._exit(exit_code(error))
-
-        with StudyDisplay(console(err if as_json else out), abort) as display:
+        last_words = partial(print_failure, as_json=as_json, out=out, err=err)
+        with StudyDisplay(console(err if as_json else out), last_words) as display:
             yield display
 
 

@@ -123,19 +123,23 @@ class Record(RecordView):
         if trial.user_attrs.get("reason") is not None:
             self._set(trial, "reason", None)
 
-    def report(self, number: int, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """Adds an epoch's report. Whether that epoch is new to the record.
+    def report(
+        self, number: int, epoch: int, metrics: Mapping[str, float], judge: Callable[[], str | None]
+    ) -> str | None:
+        """Adds an epoch's report. Why the trial stops at it; None when it goes on.
 
-        An epoch that was trained again, after a restart without a checkpoint, takes the place of the first: it is the
-        one whose checkpoint there may be.
+        `judge` says that of an epoch that is new. Its verdict is in the record with the report: whoever goes on after a
+        kill applies it, and judges no epoch twice. An epoch that was trained again, after a restart without a
+        checkpoint, takes the place of the first: it is the one whose checkpoint there may be.
         """
         trial, kept = self._trial(number), finite_or_none(metrics)
-        before = trial.user_attrs.get(REPORT + str(epoch), {}).get("metrics")
-        if before != kept:
+        before = trial.user_attrs.get(REPORT + str(epoch))
+        verdict = judge() if before is None else before.get("stop")
+        if before is None or before["metrics"] != kept:
             value = metrics.get(self.objective.metric, math.nan)
-            report = {REPORT + str(epoch): {"metrics": kept, "at": _now()}}
-            self._storage.update_trial(trial._trial_id, report, {epoch: float(value)})
-        return before is None
+            report = {"metrics": kept, "at": _now()} | ({"stop": verdict} if verdict else {})
+            self._storage.update_trial(trial._trial_id, {REPORT + str(epoch): report}, {epoch: float(value)})
+        return verdict
 
     def set_micro_batch_size(self, number: int, size: int) -> None:
         """The trial needs smaller micro batches than the spec says, under every driver to come."""

@@ -75,7 +75,7 @@ class RecordView:
 
     @property
     def notice(self) -> str | None:
-        found: str | None = self._study.user_attrs.get("notice")
+        found: str | None = self._attrs.get("notice")
         return found
 
     def trials(self) -> list[TrialStatus]:
@@ -105,7 +105,7 @@ class RecordView:
         by_number = {trial.number: trial for trial in (self.trials() if trials is None else trials)}
 
         def usable(best: BestTrial) -> bool:
-            return not self._saves(best.number) or verify(self.folder.checkpoints.folder(best.number, best.epoch), deep)
+            return not self.saves(best.number) or verify(self.folder.checkpoints.folder(best.number, best.epoch), deep)
 
         return best_trial(list(by_number.values()), self.objective, usable)
 
@@ -135,7 +135,8 @@ class RecordView:
     def _exhausted(self) -> bool:
         return bool(self._attrs.get("exhausted", False))
 
-    def _saves(self, number: int) -> bool:
+    def saves(self, number: int) -> bool:
+        """Whether the trial's reports come with checkpoints, so that a missing one is a loss."""
         return bool(self._trial(number).user_attrs.get("saves", False))
 
     def _status(self, trial: FrozenTrial, alive: bool, kept: list[int]) -> TrialStatus:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
@@ -36,11 +36,12 @@ def run_study(spec: StudySpec, storage: Storage, display: Display, place: Place 
     problems = problems_of(run_checks(spec, storage, place.room))
     if problems:
         raise SpecError(problems)
+    majority = baseline(spec)
     folder = storage.create(spec.name)
     with ExitStack() as driving:
         with _whole_or_absent(folder):
             lease = driving.enter_context(folder.driving())
-            majority = baseline(spec)
+            driving.enter_context(lease.beating(_abort_of(spec.name, place, display)))
             spec = place.settled(spec, folder)
             record = Record.create(folder, _stored(spec), _sampler(spec), lease)
             record.set_baseline(majority)
@@ -71,7 +72,7 @@ def resume_study(
     problems = problems_of(run_checks(spec, storage, place.room))
     if problems:
         raise SpecError(problems)
-    with folder.driving(display.tell) as lease:
+    with folder.driving(display.tell) as lease, lease.beating(_abort_of(name, place, display)):
         record = Record.open(folder, _sampler(spec), lease)
         if trials is not None:
             record.set_budget(_budget(trials, record))
@@ -141,14 +142,11 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
         lease.sign_of_life()
         display.show(record)
 
-    def abort(why: str) -> None:
-        place.end_all()
-        display.abort(_halted(spec.name, "Ray runs as long as its study", why))
-
     reason = USER_STOP
     try:
-        with _terminate_as_interrupt(), output_to(folder.driver_log), lease.beating(abort):
-            run_trials(spec, folder, driver, lease.identity, place, tick, abort)
+        with _terminate_as_interrupt(), output_to(folder.driver_log):
+            on_lost = _abort_of(spec.name, place, display)
+            run_trials(spec, folder, driver, lease.identity, place, tick, on_lost)
         if driver.halted is not None:
             raise StorageUnavailableError(driver.halted)
         if record.failure is not None:
@@ -162,6 +160,16 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
         raise
     finally:
         _put_in_line(record, reason, display)
+
+
+def _abort_of(name: str, place: Place, display: Display) -> Callable[[str], None]:
+    """What ends this process when it, or its Ray, hangs or has died: nothing that is waited for comes then."""
+
+    def abort(why: str) -> None:
+        place.end_all()
+        display.abort(_halted(name, "a study's driver and its Ray run as long as the study", why))
+
+    return abort
 
 
 def _put_in_line(record: Record, reason: str, display: Display) -> None:

@@ -33,7 +33,7 @@ def run_trials(
     spec: StudySpec,
     folder: StudyFolder,
     driver: Driver,
-    lease: tuple[str, int],
+    lease: tuple[str, str],
     place: Place,
     tick: Callable[[], None],
     on_lost: Callable[[str], None],
@@ -68,7 +68,7 @@ def run_trials(
                 name=spec.name,
                 storage_path=str(session.scratch / "tune"),
                 callbacks=[_Hooks(driver, scheduler, tick)],
-                stop=_StudyStopper(driver),
+                stop=_StudyStopper(driver, scheduler.num_running),
                 failure_config=tune.FailureConfig(max_failures=0),  # the driver puts the trial back in line
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # checkpoints are the supervisor's
                 verbose=0,
@@ -78,7 +78,7 @@ def run_trials(
 
 
 def trial_config(
-    spec: StudySpec, folder: StudyFolder, lease: tuple[str, int], session: Session, asked: AskedTrial, slot: int
+    spec: StudySpec, folder: StudyFolder, lease: tuple[str, str], session: Session, asked: AskedTrial, slot: int
 ) -> dict[str, Any]:
     """What the supervisor is told, as plain values."""
     if session.root is not None:
@@ -244,16 +244,17 @@ class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
 
 
 class _StudyStopper(_NotKept, tune.Stopper):  # type: ignore[misc]
-    """Ends everything at once when the driver says so."""
+    """Ends everything at once when the driver says so, or when it stops and all that there is only waits for room."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, num_running: Callable[[], int]) -> None:
         self._driver = driver
+        self._num_running = num_running
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self._driver.stopping_now
+        return self._driver.stopping_now or (self._driver.stopping and self._num_running() == 0)
 
 
 def _number(trial: Trial) -> int:
