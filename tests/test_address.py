@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tune_service import address
 from tune_service.address import Head, connected, read_head, token
@@ -143,6 +147,90 @@ def test_what_answers_and_is_no_dashboard_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Dashboard, "_request", lambda *words, **more: b"<html>welcome</html>")
     with pytest.raises(CommandError, match="no JSON: '<html>welcome"):
         Dashboard("http://x", None, "http://x").ray_version()
+
+
+CLOUD_FILES = {
+    "aws": "cluster_name: c\nprovider: {type: aws, region: us-west-2}\nauth: {ssh_user: ubuntu}\n",
+    "gcp": "cluster_name: c\nprovider: {type: gcp, region: r, project_id: p}\nauth: {ssh_user: ubuntu}\n",
+}
+NODE_TYPES = "available_node_types: {head: {node_config: {}, resources: {CPU: 1}}}\nhead_node_type: head\n"
+
+
+def cloud_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Whoever is started to ask the cloud runs this in its place."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+def test_of_a_head_in_a_cloud_its_address_and_the_key_that_ray_made_are_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    cloud_says(tmp_path, monkeypatch, """echo 'a warning of Ray'; echo '["198.51.100.7", "/home/me/.ssh/made.pem"]'""")
+    file.write_text(CLOUD_FILES["aws"])
+    head = read_head(file)
+    assert head == Head("198.51.100.7", "ubuntu", "/home/me/.ssh/made.pem", None, 8265)
+    assert address._ssh(head, 5000)[-5:] == [
+        *("-i", "/home/me/.ssh/made.pem", "-o", "IdentitiesOnly=yes", "ubuntu@198.51.100.7"),
+    ]
+    file.write_text(CLOUD_FILES["aws"].replace("ubuntu", "ubuntu, ssh_private_key: ~/mine"))
+    assert read_head(file).key == str(tmp_path / "mine")
+
+
+def test_a_head_that_is_not_found_is_a_failure_in_the_clouds_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(CLOUD_FILES["aws"])
+    cloud_says(tmp_path, monkeypatch, "echo 'Traceback'; echo 'RuntimeError: no head of c' >&2; exit 1")
+    with pytest.raises(CommandError, match="RuntimeError: no head of c"):
+        read_head(file)
+
+
+@pytest.mark.parametrize(
+    ("provider", "first", "second"),
+    [
+        ("aws", "ray-autoscaler_us-west-2.pem", "ray-autoscaler_1_us-west-2.pem"),
+        ("gcp", "ray-autoscaler_gcp_r_p_ubuntu_0", "ray-autoscaler_gcp_r_p_ubuntu_1"),
+    ],
+)
+def test_without_rays_cache_the_key_is_the_first_that_is_there_by_rays_names_and_nothing_is_made(
+    provider: str, first: str, second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where Ray's cache is
+    config = yaml.safe_load(CLOUD_FILES[provider] + NODE_TYPES)
+    assert address._made_key(copy.deepcopy(config)) is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".ssh").mkdir()
+    for name in (second, first):
+        (tmp_path / ".ssh" / name).touch()
+        assert address._made_key(copy.deepcopy(config)) == str(tmp_path / ".ssh" / name)
+
+
+def test_the_key_in_rays_cache_goes_before_all_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.autoscaler._private import commands
+
+    class Cloud:
+        """Completes a file as a provider of Ray's does in `ray up`."""
+
+        @staticmethod
+        def fillout_available_node_types_resources(config: dict[str, Any]) -> dict[str, Any]:
+            return config
+
+        @staticmethod
+        def bootstrap_config(config: dict[str, Any]) -> dict[str, Any]:
+            return config | {"auth": config["auth"] | {"ssh_private_key": "/home/me/.ssh/third.pem"}}
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/ray-autoscaler_us-west-2.pem").touch()
+    config = yaml.safe_load(CLOUD_FILES["aws"] + NODE_TYPES)
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "_NODE_PROVIDERS", {"aws": lambda provider: Cloud})
+        commands._bootstrap_config(copy.deepcopy(config))
+    assert address._made_key(config) == "/home/me/.ssh/third.pem"
 
 
 @pytest.mark.parametrize("text", ["- a", "provider: 1", "a: [", "cluster_name: c"])

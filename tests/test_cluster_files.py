@@ -20,8 +20,8 @@ from tune_service.errors import OutputNotEmptyError, SpecError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPLETE = {
-    "aws": {"bucket": "my-studies", "image": "ami-0123456789abcdef0"},
-    "gcp": {"bucket": "my-studies", "project": "my-project"},
+    "aws": {"image": "ami-0123456789abcdef0"},
+    "gcp": {"project": "my-project"},
     "local": {"hosts": "10.0.0.10,10.0.0.11,10.0.0.12"},
 }
 Change = Callable[[dict[str, Any]], None]
@@ -90,7 +90,7 @@ def test_ray_and_the_check_accept_what_is_written(provider: str, tmp_path: Path)
 def test_what_only_the_user_knows_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = faults(ROOT / "cluster.yaml")
-    assert list(found) == ["available_node_types.head.node_config.ImageId", "setup_commands[4]"]
+    assert list(found) == ["available_node_types.head.node_config.ImageId"]
     assert "aws ssm get-parameter" in found["available_node_types.head.node_config.ImageId"]
 
 
@@ -122,11 +122,17 @@ def test_every_start_of_ray_says_token_and_the_dashboard_is_on_loopback(provider
 
 
 @pytest.mark.parametrize(
-    ("provider", "storage"),
-    [("aws", "s3://my-studies/studies"), ("gcp", "gs://my-studies/studies"), ("local", "/nfs/studies")],
+    ("provider", "options", "storage"),
+    [
+        ("aws", {}, "HOME/studies"),
+        ("gcp", {}, "HOME/studies"),
+        ("local", {}, "HOME/studies"),
+        ("aws", {"storage": "/nfs/studies"}, "/nfs/studies"),
+    ],
 )
-def test_the_nodes_know_the_storage_and_where_their_packages_are(provider: str, storage: str, tmp_path: Path) -> None:
-    options = {"storage": storage} if provider == "local" else {}
+def test_the_nodes_know_the_storage_and_where_their_packages_are(
+    provider: str, options: dict[str, str], storage: str, tmp_path: Path
+) -> None:
     file = yaml.safe_load(written(tmp_path, provider, **options).read_text())
     (line,) = (each for each in file["setup_commands"] if "env.sh" in each)
     home = tmp_path / "node"
@@ -141,7 +147,8 @@ def test_the_nodes_know_the_storage_and_where_their_packages_are(provider: str, 
         text=True,
         check=True,
     )
-    assert shown.stdout.split() == [storage, "token", f"{home}/tune-service/.venv/bin:/usr/bin:/bin"]
+    packages = f"{home}/tune-service/.venv/bin:/usr/bin:/bin"
+    assert shown.stdout.split() == [storage.replace("HOME", str(home)), "token", packages]
 
 
 def test_what_is_mounted_is_all_that_make_install_needs(tmp_path: Path) -> None:
@@ -188,22 +195,23 @@ def test_a_value_that_cannot_be_right_is_refused_with_all_others() -> None:
         "aws",
         name="My Cluster",
         region="us west 2",
-        bucket="s3://my-studies",
+        bucket="my-studies",
+        storage="s3://my-studies",
         image="ubuntu",
         worker_type="t3.micro",
         max_workers=0,
         ssh_from="203.0.113.7/8",
     )
     assert list(found) == [
-        *("--name", "--region", "--bucket", "--image", "--worker-type", "--max-workers", "--ssh-from"),
+        *("--name", "--region", "--bucket", "--storage", "--image", "--worker-type", "--max-workers", "--ssh-from"),
     ]
     assert found["--worker-type"].startswith("one of g4dn.xlarge, ")
 
 
-def test_studies_lie_in_a_bucket_or_in_a_folder(tmp_path: Path) -> None:
-    assert list(refused("aws", bucket="my-studies", storage="$HOME/studies")) == ["--storage"]
-    init_cluster("aws", tmp_path / "a.yaml", "tune-service", {"storage": "$HOME/studies"})
-    assert "'TUNE_SERVICE_STORAGE=$HOME/studies'" in (tmp_path / "a.yaml").read_text()
+@pytest.mark.parametrize("provider", COMPLETE)
+def test_a_bucket_is_refused_for_studies_lie_in_a_folder(provider: str) -> None:
+    found = refused(provider, **COMPLETE[provider], bucket="my-studies")
+    assert found == {"--bucket": "--storage '$HOME/studies'"}
 
 
 def test_hosts_are_a_head_and_workers_each_of_them_once() -> None:

@@ -29,6 +29,7 @@ ONLY_IN = {
         "trainables/rank_actor.py",
         "trainables/trial.py",
         "trainables/worker_group.py",
+        "tune_service/address.py",
         "tune_service/autoscaler.py",
         "tune_service/cluster_check.py",
         "tune_service/cluster_ray.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -89,8 +90,12 @@ def read_head(path: Path) -> Head:
         raise AddressError(Problem(str(path), "is a cluster file of Ray's", "no `provider`", "a cluster.yaml"))
     auth = raw.get("auth") or {}
     key = auth.get("ssh_private_key")
+    host = raw["provider"].get("head_ip")
+    if not host:
+        host, made = _looked_up(path)
+        key = key or made
     return Head(
-        host=str(raw["provider"].get("head_ip") or _looked_up(path)),
+        host=str(host),
         user=auth.get("ssh_user"),
         key=str(Path(key).expanduser()) if key else None,
         proxy_command=auth.get("ssh_proxy_command"),
@@ -105,19 +110,58 @@ def _dashboard_port(raw: dict[str, Any]) -> int:
     return int(found[1]) if found else DASHBOARD_PORT
 
 
-def _looked_up(path: Path) -> str:
-    """The head's address where only the cloud knows it. Ray asks, in a process of its own."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "get-head-ip", str(path)]
+def _looked_up(path: Path) -> tuple[str, str | None]:
+    """The head's address where only the cloud knows it, and the key that `ray up` made. In a process of its own."""
+    command = [sys.executable, "-m", "tune_service.address", str(path)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=LOOKUP_TIMEOUT_S, check=False)
-        said = run.stdout.split()
-        if run.returncode == 0 and said:
-            return said[-1]
+        if run.returncode == 0 and run.stdout.strip():
+            host, key = json.loads(run.stdout.splitlines()[-1])  # what stands before is Ray's
+            return host, key
         found = (run.stderr.strip() or run.stdout.strip() or f"exit code {run.returncode}").splitlines()[-1]
     except subprocess.TimeoutExpired:
         found = f"no answer in {LOOKUP_TIMEOUT_S:.0f} s"
     expected = "a cluster that `ray up` has started, and the cloud's credentials here"
-    raise CommandError(Problem(str(path), "Ray finds the cluster's head (`ray get-head-ip`)", found, expected))
+    raise CommandError(Problem(str(path), "Ray finds the cluster's head", found, expected))
+
+
+def _print_head(file: str) -> None:
+    """That process: the last line that it prints is [address, path of the key or null]."""
+    from ray.autoscaler.sdk import get_head_node_ip
+
+    host = get_head_node_ip(file)
+    if not host:
+        sys.exit("the head has no address that can be reached")
+    print(json.dumps([host, _made_key(yaml.safe_load(Path(file).read_text(encoding="utf-8")))]))
+
+
+def _made_key(config: dict[str, Any]) -> str | None:
+    """The private key that `ray up` made for a cluster whose file names none.
+
+    Ray keeps the file that it completed in a cache, on the machine of that `ray up`. Where it is gone: the first key
+    that is there, in the order in which Ray looks for one and makes it. A second cloud account in one region can make
+    that the wrong one. None: no such key is here.
+    """
+    from ray.autoscaler._private import commands, util
+
+    known, commands._NODE_PROVIDERS = commands._NODE_PROVIDERS, {}  # else it makes keys, roles and groups
+    try:
+        return str(commands._bootstrap_config(config)["auth"]["ssh_private_key"])
+    except (NotImplementedError, KeyError):  # not in the cache
+        pass
+    finally:
+        commands._NODE_PROVIDERS = known
+    provider, paths = config["provider"], []
+    if provider["type"] == "aws":
+        from ray.autoscaler._private.aws.config import key_pair
+
+        name = provider.get("key_pair", {}).get("key_name")
+        paths = [key_pair(number, provider["region"], name)[1] for number in range(10)]
+    elif provider["type"] == "gcp":
+        which = (provider["region"], provider["project_id"], config["auth"]["ssh_user"])
+        names = [util.generate_ssh_key_name("gcp", number, *which) for number in range(10)]
+        paths = [util.generate_ssh_key_paths(each)[1] for each in names]
+    return next((path for path in paths if Path(path).exists()), None)
 
 
 @contextmanager
@@ -187,3 +231,7 @@ def _is_open(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+if __name__ == "__main__":
+    _print_head(sys.argv[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ from tune_service.cluster_init import cidr_problems
 from tune_service.errors import CommandError, SpecError
 
 _SSH = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22}
+SETTLE_TIMEOUT_S = 5.0
+"""For so long AWS may still tell of a rule that it has just removed."""
 
 
 def narrow_ssh(file: Path, cidr: str) -> list[str]:
     """Lets only `cidr` reach port 22 of a cluster's nodes from outside. Makes the security group if Ray has not yet.
 
-    Returns the ids of the security groups. Raises CommandError when AWS refuses.
+    Only ranges of addresses, in rules for port 22 alone, are changed. Returns the ids of the security groups. Raises
+    CommandError when AWS refuses, and with every rule that still lets others reach port 22.
     """
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
@@ -44,10 +49,14 @@ def narrow_ssh(file: Path, cidr: str) -> list[str]:
         groups = ec2.describe_security_groups(Filters=of_cluster)["SecurityGroups"] or [_create(ec2, name, cluster)]
         for group in groups:
             _narrow(ec2, group, cidr)
+        ids = [str(group["GroupId"]) for group in groups]
+        left = _left_open(ec2, ids, cidr)
     except (BotoCoreError, ClientError) as error:
         expected = "credentials that may change security groups"
         raise CommandError(Problem(f"security group {name}", "AWS takes the change", str(error), expected)) from error
-    return [str(group["GroupId"]) for group in groups]
+    if left:
+        raise CommandError(left)
+    return ids
 
 
 def _create(ec2: Any, name: str, cluster: str) -> dict[str, Any]:
@@ -80,3 +89,47 @@ def _narrow(ec2: Any, group: dict[str, Any], cidr: str) -> None:
     closed += [_SSH | {"Ipv6Ranges": [{"CidrIpv6": each}]} for each in ranges6]
     if closed:
         ec2.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=closed)
+
+
+def _left_open(ec2: Any, ids: list[str], cidr: str) -> list[Problem]:
+    """Every rule through which others than `cidr` and the group's own members reach port 22, looked up anew."""
+    end = time.monotonic() + SETTLE_TIMEOUT_S
+    while True:
+        groups = ec2.describe_security_groups(GroupIds=ids)["SecurityGroups"]
+        left = [
+            Problem(
+                f"security group {group['GroupId']}",
+                f"from outside, {cidr} alone reaches port 22",
+                f"{_ports(rule)} from {source}",
+                "that rule removed by you: only ranges in rules for port 22 alone are changed here",
+            )
+            for group in groups
+            for rule in group["IpPermissions"]
+            if _covers_ssh(rule)
+            for source in _sources(rule, group["GroupId"])
+            if source != cidr
+        ]
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.5)
+
+
+def _covers_ssh(rule: dict[str, Any]) -> bool:
+    if rule["IpProtocol"] == "-1":  # all protocols, all ports
+        return True
+    return rule["IpProtocol"] in ("tcp", "6") and rule.get("FromPort", 0) <= 22 <= rule.get("ToPort", 65535)
+
+
+def _sources(rule: dict[str, Any], own_id: str) -> Iterator[str]:
+    """Who a rule lets in, without the members of its group."""
+    for kind, name in (("IpRanges", "CidrIp"), ("Ipv6Ranges", "CidrIpv6"), ("PrefixListIds", "PrefixListId")):
+        yield from (str(each[name]) for each in rule.get(kind, []))
+    for pair in rule.get("UserIdGroupPairs", []):
+        if pair.get("GroupId") != own_id:
+            yield str(pair.get("GroupId") or pair.get("GroupName"))
+
+
+def _ports(rule: dict[str, Any]) -> str:
+    if rule["IpProtocol"] == "-1":
+        return "all protocols"
+    return f"tcp {rule.get('FromPort', 0)}-{rule.get('ToPort', 65535)}"

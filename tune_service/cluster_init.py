@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainables.errors import Problem
-from tune_service.cluster_template import CHANGE_ME, MOUNTED, PROVIDERS, render
+from tune_service.cluster_template import HEAD_FOLDER, MOUNTED, PROVIDERS, render
 from tune_service.errors import CommandError, OutputNotEmptyError, SpecError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,6 @@ _PATTERNS = {
     "region": (_MACHINE, "us-west-2 or the like"),
     "zone": (r"[a-z]", "one letter"),
     "project": (r"[a-z][a-z0-9-]{4,28}[a-z0-9]", "the id of a Google Cloud project"),
-    "bucket": (r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", "the bucket's bare name"),
     "image": (r"ami-[0-9a-f]{8,17}|projects/[\w./-]+", "ami-0123456789abcdef0, or projects/PROJECT/global/images/NAME"),
     "head_type": (_MACHINE, "a machine type"),
     "ssh_user": (r"[a-z_][a-z0-9_.-]*", "a user's name"),
@@ -82,12 +81,14 @@ def init_cluster(provider: str, out: Path, name: str, options: Mapping[str, Any]
 
 def _problems(provider: str, given: Mapping[str, Any]) -> Iterator[Problem]:
     kind = PROVIDERS[provider]
-    of_provider = {*kind.defaults, "name", "max_workers", "storage"}
+    of_provider = {*kind.defaults, "name", "max_workers"}
     of_provider |= {"hosts"} if provider == "local" else set()
     of_provider |= {"ssh_from"} if provider == "aws" else set()
     of_provider -= {"max_workers"} if provider == "local" else set()
     for key, value in given.items():
-        if key not in of_provider:
+        if key == "bucket":
+            yield Problem("--bucket", "this version's storage takes folders only", value, f"--storage '{HEAD_FOLDER}'")
+        elif key not in of_provider:
             yield Problem(_option(key), f"provider {provider} has no such option", str(value), _instead(provider, key))
         elif key == "worker_type" and value not in kind.worker_types:
             expected = f"one of {', '.join(kind.worker_types)}; edit the file for others"
@@ -100,8 +101,6 @@ def _problems(provider: str, given: Mapping[str, Any]) -> Iterator[Problem]:
             yield from cidr_problems(value)
         elif key in _PATTERNS and not re.fullmatch(_PATTERNS[key][0], value):
             yield Problem(_option(key), f"{key.replace('_', ' ')} is well-formed", repr(value), _PATTERNS[key][1])
-    if {"bucket", "storage"} <= given.keys():
-        yield Problem("--storage", "the studies lie in one place", "--bucket too", "one of the two")
     if provider == "local" and "hosts" not in given:
         yield Problem("--hosts", "a cluster of ssh hosts has hosts", "none", "HEAD,WORKER,WORKER")
 
@@ -147,7 +146,6 @@ def _values(provider: str, name: str, given: Mapping[str, Any], sources: Mapping
             values["node_ip"] = f"--node-ip-address={head} "
     else:
         values["cpus"], values["gpus"] = kind.worker_types[values["worker_type"]]
-        values.setdefault("storage", f"{'s3' if provider == 'aws' else 'gs'}://{values['bucket']}/studies")
     if provider == "gcp":
         head_setup.append("cd ~/tune-service && make install-gcp   # Ray's launcher needs Google's client on the head")
     if "ssh_from" in given:
@@ -168,8 +166,6 @@ def _next_steps(provider: str, out: Path, given: Mapping[str, Any]) -> Iterator[
     if provider == "aws" and "image" not in given:
         region = given.get("region", PROVIDERS["aws"].defaults["region"])
         yield f"{LATEST_IMAGE} --region {region}   # put it in as ImageId"
-    if provider != "local" and not {"bucket", "storage"} & given.keys():
-        yield f"replace {CHANGE_ME} in TUNE_SERVICE_STORAGE by a bucket of yours"
     yield "(umask 077; ray get-auth-token --generate >/dev/null); export RAY_AUTH_MODE=token"
     yield f"tune-service cluster check {file}"
     yield f"ray up -y {file}"

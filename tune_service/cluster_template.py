@@ -11,6 +11,9 @@ from typing import Any
 CHANGE_ME = "CHANGE-ME"
 """Stands where only the user knows the value; `cluster check` refuses it."""
 
+HEAD_FOLDER = "$HOME/studies"
+"""Where studies lie: on the head's own disk."""
+
 
 class _Text(string.Template):
     delimiter = "@"  # a dollar belongs to the shell
@@ -202,7 +205,7 @@ PROVIDERS = {
             "head_type": "m6i.xlarge",
             "worker_type": "g5.2xlarge",
             "image": CHANGE_ME,
-            "bucket": CHANGE_ME,
+            "storage": HEAD_FOLDER,
             "max_workers": 4,
         },
         {
@@ -230,7 +233,7 @@ PROVIDERS = {
             "worker_type": "g2-standard-8",
             "image": "projects/ubuntu-os-accelerator-images/global/images/"
             "ubuntu-accelerator-2404-amd64-with-nvidia-580-v20260225",
-            "bucket": CHANGE_ME,
+            "storage": HEAD_FOLDER,
             "max_workers": 4,
         },
         {
@@ -246,7 +249,7 @@ PROVIDERS = {
     "local": Provider(
         "A tuning cluster of hosts that one can ssh to: the head runs no trials.",
         _LOCAL,
-        {"ssh_user": os.environ.get("USER") or "root", "ssh_key": "~/.ssh/id_ed25519", "storage": "$HOME/studies"},
+        {"ssh_user": os.environ.get("USER") or "root", "ssh_key": "~/.ssh/id_ed25519", "storage": HEAD_FOLDER},
         {},
         prerequisites="",
         after_worker_start="""\

@@ -37,7 +37,7 @@ def cluster(cloud: Cloud) -> LabCluster:
         file["worker_start_ray_commands"][1] = command.replace("ray start", "ray start --num-gpus=1")
 
     found = LabCluster(cloud.lab)
-    found.init("--provider", "aws", "--bucket", "my-studies", "--image", IMAGE, "--ssh-from", CIDR, change=change)
+    found.init("--provider", "aws", "--image", IMAGE, "--ssh-from", CIDR, change=change)
     found.up()
     return found
 
