@@ -172,8 +172,8 @@ def test_of_a_head_in_a_cloud_its_address_and_the_key_that_ray_made_are_looked_u
     file.write_text(CLOUD_FILES["aws"])
     head = read_head(file)
     assert head == Head("198.51.100.7", "ubuntu", "/home/me/.ssh/made.pem", None, 8265)
-    assert address._ssh(head, 5000)[-5:] == [
-        *("-i", "/home/me/.ssh/made.pem", "-o", "IdentitiesOnly=yes", "ubuntu@198.51.100.7"),
+    assert address._ssh(head, 5000)[-6:] == [
+        *("-i", "/home/me/.ssh/made.pem", "-o", "IdentitiesOnly=yes", "ubuntu@198.51.100.7", "cat"),
     ]
     file.write_text(CLOUD_FILES["aws"].replace("ubuntu", "ubuntu, ssh_private_key: ~/mine"))
     assert read_head(file).key == str(tmp_path / "mine")
