@@ -32,8 +32,6 @@ _TOKENS |= {
     "wandb",
     "openai",
     "slack",
-    "pypi",
-    "npm",
     "user",
 }
 """What makes a secret of the word `token` at the end, as it is alone; pad_token and eos_token are none."""
