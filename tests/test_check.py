@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +67,9 @@ def test_a_budget_too_small_for_the_checkpoints_of_one_trial_is_refused(
     finetune: dict[str, Any], tmp_path: Path
 ) -> None:
     """Weights and AdamW's two moments in fp32: 12 bytes a parameter, and four checkpoints at one moment."""
-    size = {"n_layer": 2, "n_embd": 128, "vocab_size": 1000}
-    finetune["model"]["config"] |= size
-    each = (1000 * 128 + 2 * 8 * 128**2) * 12
+    finetune["model"]["config"] |= {"n_layer": 2, "n_embd": 128}
+    tokens = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    each = (len(tokens) * 128 + 2 * 8 * 128**2) * 12
     finetune["checkpoints"] = {"budget_gib": 4 * each / GIB * 1.001}
     assert checks(finetune, tmp_path)["checkpoints"].ok
     finetune["checkpoints"] = {"budget_gib": 4 * each / GIB * 0.99}
@@ -80,7 +81,7 @@ def test_a_budget_too_small_for_the_checkpoints_of_one_trial_is_refused(
 def test_a_disk_without_room_for_one_trial_is_refused(
     finetune: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finetune["model"]["config"] |= {"n_layer": 2, "n_embd": 128, "vocab_size": 1000}
+    finetune["model"]["config"] |= {"n_layer": 2, "n_embd": 128}
     monkeypatch.setattr(Storage, "free_bytes", lambda self: 1_000_000)
     found = checks(finetune, tmp_path)["checkpoints"]
     assert not found.ok and "are free at" in found.found

@@ -42,6 +42,9 @@ def test_the_parameters_of_a_model_from_scratch_are_estimated_by_its_sizes(tmp_p
     (tmp_path / "config.json").write_text('{"n_layer": 12, "n_embd": 768, "vocab_size": 50257}')
     gpt2 = ModelConfig(name=str(tmp_path), from_scratch=True)
     assert least_parameters(gpt2) == 50257 * 768 + 12 * 8 * 768**2  # 95 million; it has 124
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    assert least_parameters(gpt2) == 2 * 768 + 12 * 8 * 768**2, "as many rows as the tokenizer has tokens"
+    (tmp_path / "vocab.json").unlink()
     smaller = ModelConfig(name=str(tmp_path), from_scratch=True, config={"n_layer": 2})
     assert least_parameters(smaller) == 50257 * 768 + 2 * 8 * 768**2
 

@@ -28,7 +28,7 @@ def least_parameters(model: ModelConfig) -> int:
     is fetched.
 
     By the weights' headers; from scratch by the sizes that all transformers have, with 8 matrices of hidden size a
-    layer (GPT-2 and BERT have 12).
+    layer (GPT-2 and BERT have 12), and by the tokenizer, which says how many rows the embedding gets.
     """
     folder = local_folder(model.name)
     if folder is None:
@@ -36,9 +36,19 @@ def least_parameters(model: ModelConfig) -> int:
     if not model.from_scratch:
         return sum(_num_elements(file) for file in folder.glob("model*.safetensors"))
     config = (_read(folder / "config.json") if (folder / "config.json").is_file() else {}) | model.config
-    vocabulary, hidden = config.get("vocab_size", 0), config.get("n_embd") or config.get("hidden_size") or 0
-    layers = config.get("n_layer") or config.get("num_hidden_layers") or 0
-    return int(vocabulary * hidden + 8 * layers * hidden**2)
+    usual = {"gpt2": (768, 12), "bert": (768, 12), "llama": (4096, 32)}.get(str(config.get("model_type")), (0, 0))
+    hidden = config.get("n_embd") or config.get("hidden_size") or usual[0]
+    layers = config.get("n_layer") or config.get("num_hidden_layers") or usual[1]
+    return int((_num_tokens(folder) or config.get("vocab_size", 0)) * hidden + 8 * layers * hidden**2)
+
+
+def _num_tokens(folder: Path) -> int:
+    """Of the tokenizer, its added ones apart; 0 when its files do not say so plainly."""
+    if (folder / "vocab.json").is_file():
+        return len(_read(folder / "vocab.json"))
+    if (folder / "tokenizer.json").is_file():
+        return len(_read(folder / "tokenizer.json").get("model", {}).get("vocab", ()))
+    return 0
 
 
 def _num_elements(file: Path) -> int:
