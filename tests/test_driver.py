@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from trainables.checkpoint import GIB
-from tune_service.driver import STOP_POLL_S, USER_STOP, Driver
+from tune_service.driver import MAX_IN_VAIN, STOP_POLL_S, USER_STOP, Driver
 from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler
 from tune_service.spec import StudySpec, parse_spec
@@ -900,3 +900,20 @@ def test_trials_that_are_too_many_for_the_budget_wait_until_fewer_run(tmp_path: 
     assert study.driver.has_room and study.begin() == 3
     assert not study.driver.result(result), "alone, it has all the room that there is"
     assert study.trial(3).state == "failed"
+
+
+def test_supervisors_that_died_idle_use_up_no_restart_of_the_trials_they_are_handed(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 0})
+    for _ in range(MAX_IN_VAIN):
+        asked = study.driver.ask()
+        assert asked is not None and asked.number == 0
+        study.driver.supervisor_lost(0, "it was dead")
+    assert study.begin() == 0
+    assert study.trial(0).restarts == 0
+    study.driver.supervisor_lost(0, "node gone")
+    assert study.trial(0).state == "failed", "this one had taken it"
+    for _ in range(MAX_IN_VAIN + 1):
+        asked = study.driver.ask()
+        assert asked is not None and asked.number == 1
+        study.driver.supervisor_lost(1, "it does not start")
+    assert study.trial(1).state == "failed", "and this is no accident"

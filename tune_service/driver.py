@@ -25,6 +25,8 @@ OVERDUE_MARGIN_S = 30.0
 STOP_POLL_S = 0.5
 STANDSTILL_S = 10.0
 """A driver that polls as seldom as this was stopped, or its machine slept."""
+MAX_IN_VAIN = 10
+"""So many supervisors may be lost before one takes a trial; then it is that none can be started."""
 USER_STOP = "stopped by the user"
 
 
@@ -49,6 +51,9 @@ class Driver:
         self._faults: Counter[int] = Counter()
         """Failures of each trial under this driver. `restarts` of the record counts resumes too, which are no fault."""
         self._failures: Counter[str] = Counter()
+        self._begun: set[int] = set()
+        """Trials that their present supervisor has taken."""
+        self._in_vain: Counter[int] = Counter()
         self._stop: Mapping[str, Any] | None = None
         self.halted: str | None = None
         """Why the study cannot go on for now, through no fault of its trials."""
@@ -68,6 +73,7 @@ class Driver:
         asked = self._record.ask(self._distributions, self._plan)
         if asked is not None:
             self._kept.hand_out(asked.number)
+            self._begun.discard(asked.number)
         return asked
 
     @property
@@ -93,6 +99,7 @@ class Driver:
 
     def started(self, number: int) -> None:
         """A supervisor has taken the trial, for the first time or again."""
+        self._begun.add(number)
         self._record.start(number)
         self._due[number] = time.monotonic() + START_DEADLINE_S + OVERDUE_MARGIN_S
 
@@ -124,7 +131,7 @@ class Driver:
             reason = f"the trial's supervisor was lost: {why}"
             if self.stopping:
                 self._record.pause(number, reason)
-            elif self._may_restart(number):
+            elif self._may_restart(number) if number in self._begun else self._may_hand_on(number):
                 self._tell(f"trial {number}: {reason}; starting again")
                 self._record.pause(number, reason)
             else:
@@ -241,6 +248,11 @@ class Driver:
         """Counts one more failure of a trial. Whether it is started again."""
         self._faults[number] += 1
         return self._faults[number] <= self._spec.faults.restarts_per_trial
+
+    def _may_hand_on(self, number: int) -> bool:
+        """A supervisor died before it took the trial: an idle one, most likely, and no fault of the trial's."""
+        self._in_vain[number] += 1
+        return self._in_vain[number] <= MAX_IN_VAIN
 
     def _give_up(self, number: int, reason: str) -> None:
         """Ends a trial as failed; the study too, when too many have failed alike."""
