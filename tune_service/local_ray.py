@@ -17,6 +17,8 @@ from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 import psutil
 
+SCRATCH = "TUNE_SERVICE_SCRATCH"
+"""Names the scratch folder in the environment of every process of a Ray of ours."""
 PR_SET_CHILD_SUBREAPER = 36
 LOOK_S = 1.0
 STOPPED_S = 20.0
@@ -97,13 +99,23 @@ def _make_scratch(root: Path) -> tuple[Path, int]:
     for lock in root.glob("tune-*/.lock"):
         with contextlib.suppress(OSError), lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end_processes_of(lock.parent)
             shutil.rmtree(lock.parent, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
     unlocked = scratch / ".lock.new"
     descriptor = os.open(unlocked, os.O_WRONLY | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     unlocked.rename(scratch / ".lock")
+    os.environ[SCRATCH] = str(scratch)
     return scratch, descriptor
+
+
+def _end_processes_of(scratch: Path) -> None:
+    """Ends what is left of a killed driver's Ray: what was frozen then could not end by itself, and holds its GPU."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(SCRATCH) == str(scratch):
+                process.kill()
 
 
 @contextmanager

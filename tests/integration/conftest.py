@@ -6,18 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 from cluster import Cluster
-from program import Program
+from program import Program, opened
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     """One for all tests of a file; after them no process and no scratch file of it may be left."""
-    found = Program(tmp_path_factory.mktemp("program"))
-    try:
+    with opened(tmp_path_factory.mktemp("program")) as found:
         yield found
-        assert found.leftovers() == []
-    finally:
-        found.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -236,6 +237,17 @@ class Program:
             return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("TUNE_TEST_MARK") == self._mark
         except psutil.Error:
             return False
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Program]:
+    """A program which must leave nothing running, nor in its scratch folder, where the block does not fail."""
+    found = Program(folder)
+    try:
+        yield found
+        assert found.leftovers() == []
+    finally:
+        found.close()
 
 
 def _take_signals() -> None:

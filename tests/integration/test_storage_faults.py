@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import Program, scores, wait_until
+from program import Command, Program, opened, scores, wait_until
 from toys import curve
 
 from trainables.checkpoint import verify
@@ -63,12 +63,8 @@ def _mount(*arguments: str) -> None:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Program]:
-    found = Program(tmp_path / "program")
-    try:
+    with opened(tmp_path / "program") as found:
         yield found
-        assert found.leftovers() == []
-    finally:
-        found.close()
 
 
 @pytest.fixture
@@ -83,6 +79,14 @@ def disk(program: Program) -> Iterator[SmallDisk]:
 
 def hold(x: int, epoch: int) -> dict[str, Any]:
     return CHANGES | {"training": CHANGES["training"] | {"faults": [{"x": x, "epoch": epoch, "does": "hold"}]}}
+
+
+def start_held(program: Program) -> Command:
+    """A study that waits in the second trial's second epoch, after its first checkpoint."""
+    command = program.start("run", program.spec("full", hold(1, 2)), "--json")
+    program.wait_for_note("full", "hold", 1, 2)
+    wait_until(lambda: program.json("status", "full")["trials"][1]["checkpoint"], 30, "the first checkpoint")
+    return command
 
 
 def check_halted(program: Program, error: Any, why: str) -> None:
@@ -107,9 +111,7 @@ def check_gone_on(program: Program) -> None:
 
 
 def test_a_full_disk_stops_the_study_until_there_is_room(program: Program, disk: SmallDisk) -> None:
-    command = program.start("run", program.spec("full", hold(1, 2)), "--json")
-    program.wait_for_note("full", "hold", 1, 2)
-    wait_until(lambda: program.json("status", "full")["trials"][1]["checkpoint"], 30, "the first checkpoint")
+    command = start_held(program)
     disk.fill(free_bytes=MB // 2)
     program.release("full")
     found = command.wait()
@@ -127,9 +129,7 @@ def test_a_full_disk_stops_the_study_until_there_is_room(program: Program, disk:
 
 
 def test_a_disk_without_room_for_one_more_line_of_the_record_stops_it_too(program: Program, disk: SmallDisk) -> None:
-    command = program.start("run", program.spec("full", hold(1, 2)), "--json")
-    program.wait_for_note("full", "hold", 1, 2)
-    wait_until(lambda: program.json("status", "full")["trials"][1]["checkpoint"], 30, "the first checkpoint")
+    command = start_held(program)
     disk.fill(free_bytes=0)
     program.release("full")
     found = command.wait()
@@ -140,9 +140,7 @@ def test_a_disk_without_room_for_one_more_line_of_the_record_stops_it_too(progra
 
 
 def test_a_storage_that_is_read_only_for_a_time_loses_nothing(program: Program, disk: SmallDisk) -> None:
-    command = program.start("run", program.spec("full", hold(1, 2)), "--json")
-    program.wait_for_note("full", "hold", 1, 2)
-    wait_until(lambda: program.json("status", "full")["trials"][1]["checkpoint"], 30, "the first checkpoint")
+    command = start_held(program)
     disk.make_read_only()
     program.release("full")
     found = command.wait()
