@@ -274,7 +274,9 @@ def test_a_storm_of_kills_and_freezes_loses_nothing(program: Program, request: p
     print(f"STORM_SEED={seed}")
     rng = random.Random(seed)
     matrix = Matrix(program, "storm", [], num_trials=12, concurrent=3)
-    command, num_hits, end = matrix.run(), 0, time.monotonic() + 60
+    command, num_hits = matrix.run(), 0
+    program.wait_for_note("storm", "epoch", 0, 1)
+    end = time.monotonic() + 60
     while time.monotonic() < end and command.is_running:
         time.sleep(rng.uniform(0.5, 3.0))
         target, way = rng.choice(("rank", "supervisor", "driver")), rng.choice((KILL, FREEZE))
