@@ -111,7 +111,7 @@ def _make_scratch(root: Path) -> tuple[Path, int]:
 
 
 def _end_processes_of(scratch: Path) -> None:
-    """Ends what is left of a killed driver's Ray: what was frozen then could not end by itself, and holds its GPU."""
+    """Ends what is left of a killed driver's Ray: of one that was just starting nobody else does."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(SCRATCH) == str(scratch):

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,8 +282,7 @@ def test_a_storm_of_kills_and_freezes_loses_nothing(program: Program, request: p
         if target == "driver":
             command.send(KILL)
             command.wait()
-            wait_until(lambda: not moving(program), 20, "the end of Ray's processes")
-            command = matrix.resume()  # ends those that were frozen, too
+            command = matrix.resume()  # ends what is left of the Ray before, were it killed as it started
             num_hits += 1
             continue
         wanted = RANK if target == "rank" else SUPERVISOR
@@ -303,13 +301,3 @@ def test_a_storm_of_kills_and_freezes_loses_nothing(program: Program, request: p
     assert all(verify(folder) for folder in (program.storage / "storm" / "checkpoints").glob("trial-*/*"))
     assert [trial["params"]["x"] for trial in status["trials"]] == list(range(12)), "no trial is lost or tried twice"
     assert program.json("status", "storm") == status
-
-
-def moving(program: Program) -> list[psutil.Process]:
-    """The program's processes that are not frozen: only those can end by themselves."""
-    found = []
-    for process in program.processes():
-        with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_STOPPED:
-                found.append(process)
-    return found
