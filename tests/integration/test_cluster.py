@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from typing import Any
@@ -181,14 +180,6 @@ def test_what_is_wrong_with_the_connection_is_said_in_words(laptop: Laptop) -> N
     assert code == 1 and "refused" in found and time.monotonic() - began < 20
     missing = laptop.json("status", "nothing", code=2)["error"]
     assert missing["place"] == "STUDY"
-
-
-def test_questions_do_not_pile_up_in_the_list_of_jobs(laptop: Laptop) -> None:
-    time.sleep(11)  # Ray needs some seconds to forget a job for good
-    laptop.json("list")
-    laptop.json("list")
-    assert sum("question" in job["metadata"] for job in laptop.cluster.jobs().values()) <= 3
-    assert os.environ.get("RAY_ADDRESS") is None
 
 
 def test_a_lost_node_is_named_and_its_trials_go_on_elsewhere(laptop: Laptop) -> None:
