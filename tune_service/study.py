@@ -13,7 +13,14 @@ from typing import Any
 from trainables.errors import Problem, StorageUnavailableError
 from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
-from tune_service.errors import CommandError, LeaseLostError, SpecError, StudyHaltedError, StudyRunningError
+from tune_service.errors import (
+    CommandError,
+    LeaseLostError,
+    SpecError,
+    StorageError,
+    StudyHaltedError,
+    StudyRunningError,
+)
 from tune_service.lease import Lease
 from tune_service.place import Place
 from tune_service.record import Record, direction_of
@@ -176,7 +183,7 @@ def _put_in_line(record: Record, reason: str, display: Display) -> None:
     """Trials without an end wait for `resume`. Where the record cannot say so, it is true all the same."""
     try:
         record.pause_all(reason)
-    except (OSError, LeaseLostError):
+    except (OSError, StorageError, LeaseLostError):  # what went wrong before is what is to be told
         return
     display.show(record)
 
