@@ -7,6 +7,8 @@ and all of Ray end with what hits them, and the study goes on by `resume`.
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -68,7 +70,15 @@ def cells(targets: tuple[str, ...], moments: tuple[str, ...] = MOMENTS, first: i
 class Matrix:
     """A study whose trial x=0 and all that no cell names are left alone."""
 
-    def __init__(self, program: Program, name: str, cells: list[Cell], num_trials: int, concurrent: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        name: str,
+        cells: list[Cell],
+        num_trials: int,
+        concurrent: int,
+        epoch_s: float = 0.1,
+    ) -> None:
         self.program, self.name, self.cells, self.num_trials = program, name, cells, num_trials
         self.points = FaultPoints(program.folder / f"points-{name}")
         diverging = [{"x": cell.x, "epoch": 3, "metric": "score"} for cell in cells if cell.moment == "being stopped"]
@@ -77,7 +87,7 @@ class Matrix:
             {
                 "training": {
                     "max_epochs": EPOCHS,
-                    "epoch_s": 0.1,
+                    "epoch_s": epoch_s,
                     "faults": [cell.fault for cell in cells if cell.fault is not None],
                     "diverge": diverging,
                 },
@@ -266,13 +276,11 @@ def release(matrix: Matrix, cell: Cell) -> None:
 
 def test_a_storm_of_kills_and_freezes_loses_nothing(program: Program, request: pytest.FixtureRequest) -> None:
     """Hits at random moments, from a seed that is printed; STORM_SEED repeats one as far as processes can."""
-    import os
-    import random
-
     seed = int(os.environ.get("STORM_SEED", random.SystemRandom().randrange(10**6)))
     print(f"STORM_SEED={seed}")
     rng = random.Random(seed)
-    matrix = Matrix(program, "storm", [], num_trials=12, concurrent=3)
+    # Left alone it would take 16 s at the least, so that no seed sees its end before five hits.
+    matrix = Matrix(program, "storm", [], num_trials=12, concurrent=3, epoch_s=1.0)
     command, num_hits = matrix.run(), 0
     program.wait_for_note("storm", "epoch", 0, 1)
     end = time.monotonic() + 60
