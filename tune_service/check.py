@@ -58,6 +58,8 @@ def run_checks(spec: StudySpec, storage: Storage, room: Room) -> list[Check]:
         checks.append(_check("model", lambda: _raised(check_model_files(model)) or model.name))
     if spec.is_finetune and data is not None:
         checks.append(_check("data", lambda: _describe(_texts(data))))
+    if (url := spec.record) is not None:
+        checks.append(_check("record", lambda: _record(url)))
     if spec.is_finetune and model is not None:
         checks.append(_check("checkpoints", lambda: _checkpoints(spec, storage)))
     return checks
@@ -95,6 +97,12 @@ def _raised(problems: Sequence[Problem]) -> str:
 def _storage(storage: Storage) -> str:
     storage.check_writable()
     return f"{storage.root} can be written"
+
+
+def _record(url: str) -> str:
+    from tune_service.database import look  # SQLAlchemy loads only where it is needed
+
+    return look(url)
 
 
 def _resources(spec: StudySpec, room: Room) -> str:
