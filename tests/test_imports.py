@@ -67,7 +67,8 @@ LIGHT = (
     "tune_service.remote",
     "tune_service.submit",
 )
-"""Modules that load neither torch nor ray nor SQLAlchemy: a spec is checked, and a command answers, before anything heavy loads."""
+"""Modules that load neither torch nor ray, nor a database's libraries: a spec is checked, and a command answers,
+before anything heavy loads."""
 
 
 def imported(file: str) -> Iterator[str]:

@@ -29,17 +29,21 @@ _CONNECTING = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "fallback_application_name": "tune-service",
+    "client_encoding": "utf8",  # where the database has none, texts would come as bytes
 }
 _SETTINGS = (
     "SET idle_in_transaction_session_timeout = '10s';"  # a frozen driver lets go of its locks
     "SET lock_timeout = '20s';"
     "SET statement_timeout = '30s'"
 )
+_IDLE_TIMEOUT = "25P03"
+"""What a driver is told that was frozen within a transaction."""
 _MAKING_TABLES = text(f"SELECT pg_advisory_xact_lock({0x74756E65})")
 """Two who make the tables at once would fail both."""
 _ADVICE = {
+    "cleartext": "PGREQUIREAUTH=password, which shows the server the password itself; best with sslmode=verify-full",
     "password": "the right password in PGPASSWORD, or in ~/.pgpass as host:port:database:user:password (mode 600)",
-    "authentication": "a role that may log in from here; PGREQUIREAUTH=password where it needs the password in clear",
+    "authentication": "a role that may log in from here",
     "database": "a database that is there: `createdb` makes one",
     "role": "a role that is there: `createuser` makes one",
     "permission denied": "a role that may write all tables there, or make them: `GRANT CREATE ON SCHEMA public`",
@@ -107,7 +111,9 @@ def look(url: str) -> str:
 def may_pass(error: BaseException) -> bool:
     """Whether the same may succeed a little later: the connection was cut, the server is starting, a lock was taken."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    is_cut = isinstance(cause, DBAPIError) and cause.connection_invalidated
+    if not isinstance(cause, DBAPIError):
+        return False
+    is_cut = cause.connection_invalidated or getattr(cause.orig, "sqlstate", None) == _IDLE_TIMEOUT
     return is_cut or isinstance(cause, OperationalError | InterfaceError)
 
 

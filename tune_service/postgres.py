@@ -173,11 +173,9 @@ class Database(_CachedStorage):
 
     def _claim(self, lease: Lease) -> None:
         with Session(self._backend.engine) as session, session.begin():
-            study = models.StudyModel.find_or_raise_by_id(self._study_id, session)
-            kind = models.StudyUserAttributeModel
-            row = session.scalar(_driver_of(study.study_id).with_for_update())
+            row = session.scalar(_driver_of(self._study_id).with_for_update())
             if row is None:
-                row = kind(study_id=study.study_id, key=_DRIVER)
+                row = models.StudyUserAttributeModel(study_id=self._study_id, key=_DRIVER)
                 session.add(row)
             row.value_json = json.dumps(lease.identity[1])
             session.flush()

@@ -40,7 +40,7 @@ def fault_of(url: object) -> UrlFault | None:
     if isinstance(url, str) and re.search(r"//[^/@]*:[^/@]*@|pass\w*=", url):
         return UrlFault("a record's URL holds no password: its study keeps it", "one (not shown)", NO_PASSWORD)
     if found is None:
-        return UrlFault("a record is null (a file in the storage) or a PostgreSQL database", url, EXAMPLE)
+        return UrlFault("a record is null (a file in the storage) or a PostgreSQL database", url, f"null, or {EXAMPLE}")
     others = [name for name, _ in parse_qsl(found["query"] or "", True) if name not in _PARAMETERS]
     if others:
         expected = f"{', '.join(_PARAMETERS)}; for all else libpq's own PG... variables"
