@@ -18,7 +18,8 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 from test_driver import ASHA, HandDriven, toy_spec
 
-from tune_service import database, postgres
+from tune_service import database
+from tune_service import postgres as pg
 from tune_service.check import Check, run_checks
 from tune_service.driver import Driver
 from tune_service.errors import LeaseLostError, RecordUnavailableError, StorageError
@@ -187,17 +188,23 @@ def test_the_database_refuses_every_write_of_a_driver_that_was_taken_over(
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_frozen_within_a_write_keeps_nobody_out(url: str, tmp_path: Path) -> None:
+def test_a_driver_that_is_frozen_within_a_write_keeps_nobody_out(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = Study(tmp_path, url)
     study.begin()
     frozen, thaws, is_within = study.record, threading.Event(), threading.Event()
     errors: list[BaseException] = []
 
-    def freeze(*_: Any) -> None:
-        is_within.set()
-        thaws.wait(60)
+    whole, freezes = pg._put, iter([True])
 
-    event.listen(frozen._storage._sessions, "after_flush", freeze)  # type: ignore[union-attr]
+    def freeze(*arguments: Any) -> None:
+        whole(*arguments)
+        if next(freezes, False):
+            is_within.set()
+            thaws.wait(60)
+
+    monkeypatch.setattr(pg, "_put", freeze)
 
     def write() -> None:
         try:
@@ -227,14 +234,14 @@ def test_a_connection_cut_within_a_report_loses_nothing_and_doubles_nothing(
 ) -> None:
     study = Study(tmp_path, url)
     study.begin()
-    whole, cuts = RDBStorage._set_trial_attr_without_commit, iter([True])
+    whole, cuts = pg._put, iter([False, True])
 
-    def cut(self: RDBStorage, session: Any, *arguments: Any) -> None:
+    def cut(session: Any, *arguments: Any) -> None:
         if next(cuts, False):
             postgres.sql("postgres", f"SELECT pg_terminate_backend({backend_of(session)})")
-        whole(self, session, *arguments)
+        whole(session, *arguments)
 
-    monkeypatch.setattr(RDBStorage, "_set_trial_attr_without_commit", cut)
+    monkeypatch.setattr(pg, "_put", cut)
     assert study.report(0, 1, 0.5)
     assert next(cuts, None) is None
     assert [report.metrics for report in Record.open(study.folder).trials()[0].reports] == [{"score": 0.5}]
@@ -271,7 +278,7 @@ def test_a_commit_whose_answer_was_lost_is_not_done_twice(doing: str, url: str, 
 def test_a_server_that_is_away_is_waited_for_and_then_told_of(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(pg, "PATIENCE_S", 1.0)
     server = Server()
     try:
         study = Study(tmp_path, server.database("tune"))

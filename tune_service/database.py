@@ -136,7 +136,6 @@ def _engine_settings() -> dict[str, Any]:
     # No server is shown the password in clear unless the user says so: a URL may come with a stranger's study.
     auth = {"require_auth": os.environ.get("PGREQUIREAUTH", "!password")}
     return {
-        "pool_pre_ping": True,
         "pool_events": [(_settle, "connect")],
         "connect_args": _CONNECTING | auth,
     }

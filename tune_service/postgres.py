@@ -7,6 +7,7 @@ the row; what comes later finds the other token and is undone. So the database k
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 import time
@@ -20,6 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 from sqlalchemy import delete, event, or_, select
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, scoped_session, selectinload, sessionmaker
 
 from trainables.errors import Problem
@@ -66,16 +68,28 @@ class Database(_CachedStorage):
     ) -> None:
         """Sets attributes and intermediate values of a trial: all of them, or none."""
 
+        steps = [
+            {"trial_id": trial_id, "step": step, "intermediate_value": stored, "intermediate_value_type": kind}
+            for step, value in (intermediate_values or {}).items()
+            for stored, kind in [models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)]
+        ]
+        texts = {name: json.dumps(value) for name, value in attrs.items()}
+        named = [{"trial_id": trial_id, "key": name, "value_json": text} for name, text in texts.items()]
+
         def write() -> None:
             with self._sessions.begin() as session:
-                for step, value in (intermediate_values or {}).items():
-                    self._backend._set_trial_intermediate_value_without_commit(session, trial_id, step, value)
-                for name, value in attrs.items():
-                    kind = models.TrialUserAttributeModel
-                    self._backend._set_trial_attr_without_commit(session, kind, trial_id, name, value)
+                _put(session, models.TrialIntermediateValueModel, ("trial_id", "step"), steps)
+                _put(session, models.TrialUserAttributeModel, ("trial_id", "key"), named)
 
+        trial = copy.copy(self.get_trial(trial_id))
+        self.check_trial_is_updatable(trial_id, trial.state)
         self._written.add(trial_id)
         self._again(write)
+        if self._lease is not None:  # what the rows say now, without another look at them
+            trial.user_attrs = trial.user_attrs | {name: json.loads(text) for name, text in texts.items()}
+            trial.intermediate_values = trial.intermediate_values | dict(intermediate_values or {})
+            self._add_trials_to_cache(self._study_id, [trial])
+            self._written.discard(trial_id)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         self.update_trial(trial_id, {key: value})
@@ -130,12 +144,14 @@ class Database(_CachedStorage):
         return self._study_id_and_number_to_trial_id[study_id, trial_number]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        trial = self._get_cached_trial(trial_id)
+        trial = self._get_cached_trial(trial_id)  # only of one that has ended
         if trial is not None and trial_id not in self._written:
             return trial
         self._read_trials_from_remote_storage(self._study_id)
-        study_id, number = self._trial_id_to_study_id_and_number[trial_id]
-        return self._studies[study_id].trials[number]
+        return self._studies[self._study_id].trials[self._number(trial_id)]
+
+    def _number(self, trial_id: int) -> int:
+        return self._trial_id_to_study_id_and_number[trial_id][1]
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
         """Reads what may have changed: of a study that others drive the open and the new trials."""
@@ -240,6 +256,14 @@ def erase(path: Path) -> None:
                     session.execute(delete(table).where(table.c.study_id.in_(studies)))
     except DATABASE_ERRORS as error:
         raise refusal(pointer.url, error) from error
+
+
+def _put(session: Session, model: Any, names: tuple[str, str], rows: list[dict[str, Any]]) -> None:
+    """Inserts rows, or puts their values in the place of those that have the same names."""
+    if rows:
+        values = insert(model).values(rows)
+        news = {key: values.excluded[key] for key in rows[0] if key not in names}
+        session.execute(values.on_conflict_do_update(index_elements=names, set_=news))
 
 
 def _driver_of(study_id: int) -> Any:
