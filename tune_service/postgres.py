@@ -211,11 +211,12 @@ class Database(_CachedStorage):
 
         Whatever is done so must be right to do twice: a cut connection does not tell whether a commit came through.
         """
-        end = time.monotonic() + self._patience_s
+        end = None
         while True:
             try:
                 found = work()
             except DATABASE_ERRORS as error:
+                end = end or time.monotonic() + self._patience_s  # not before: the process may have stood still
                 if not may_pass(error) or time.monotonic() > end:
                     self._patience_s = 0.0  # until it has worked once: whoever ends now has something to say
                     raise refusal(self._url, error) from error

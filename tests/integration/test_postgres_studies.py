@@ -1,4 +1,4 @@
-"""Studies whose record lies in a PostgreSQL database: all commands, and whatever happens to the driver or the server."""
+"""Studies with their record in a PostgreSQL database: all commands, and whatever happens to driver or server."""
 
 from __future__ import annotations
 
