@@ -1,25 +1,30 @@
-"""A PostgreSQL server that holds records: how one is reached and looked at, and what can be wrong with it, in words.
+"""A PostgreSQL server with records: how it is reached, how a record is made and removed, what can be wrong, in words.
 
 The password is libpq's business: PGPASSWORD, ~/.pgpass, or the service file that PGSERVICE names an entry of.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
-from contextlib import closing
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
-from sqlalchemy import text
+from optuna.study import StudyDirection
+from sqlalchemy import delete, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from trainables.errors import Problem
 from tune_service.errors import RecordUnavailableError
+from tune_service.record_url import Pointer
 
 CONNECT_TIMEOUT_S = 8
 _CONNECTING = {
@@ -64,8 +69,7 @@ def opened(url: str, make_tables: bool = False) -> RDBStorage:
     try:
         if not make_tables:
             return RDBStorage(_full(url), _engine_settings(), skip_table_creation=True)
-        engine = sqlalchemy.create_engine(_full(url), **_engine_settings())
-        with engine.begin() as connection:
+        with _engine(url).begin() as connection:
             connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             connection.execute(_MAKING_TABLES)
             return RDBStorage(_full(url), _engine_settings())
@@ -93,7 +97,7 @@ def look(url: str) -> str:
     Writes for that, and takes it back before anybody can see it.
     """
     try:
-        with closing(sqlalchemy.create_engine(_full(url), **_engine_settings()).connect()) as connection:
+        with _engine(url).connect() as connection:
             version = connection.execute(text("SHOW server_version")).scalar_one()
             connection.execute(_MAKING_TABLES)
             is_new = not sqlalchemy.inspect(connection).has_table("alembic_version")
@@ -106,6 +110,44 @@ def look(url: str) -> str:
     if not is_new:
         opened(url).engine.dispose()  # knows whether the tables are another version's
     return f"PostgreSQL {version} at {url} can be written; {number} studies in it"
+
+
+def create_record(url: str, path: Path, direction: StudyDirection, attrs: Mapping[str, Any]) -> None:
+    """A study in the database, in one transaction, and then the pointer to it: whoever finds that finds it whole."""
+    pointer = Pointer(url, f"{path.parent.name}-{secrets.token_hex(4)}")
+    storage = opened(url, make_tables=True)
+    rows = [models.StudyUserAttributeModel(key=name, value_json=json.dumps(value)) for name, value in attrs.items()]
+    directions = [models.StudyDirectionModel(objective=0, direction=direction)]
+    try:
+        with Session(storage.engine) as session, session.begin():
+            session.add(models.StudyModel(study_name=pointer.study, directions=directions, user_attributes=rows))
+    except DATABASE_ERRORS as error:
+        raise refusal(url, error) from error
+    finally:
+        storage.engine.dispose()
+    pointer.write(path)
+
+
+def erase(path: Path) -> None:
+    """Removes the rows of the study that the pointer at `path` names, however many of them are left."""
+    pointer = Pointer.read(path)
+    trials = (
+        select(models.TrialModel.trial_id).join(models.StudyModel).where(models.StudyModel.study_name == pointer.study)
+    )
+    studies = select(models.StudyModel.study_id).where(models.StudyModel.study_name == pointer.study)
+    engine = opened(pointer.url).engine
+    try:
+        with Session(engine) as session, session.begin():
+            for table in reversed(models.BaseModel.metadata.sorted_tables):  # those that name others come first
+                column = table.c.get("trial_id") if table.name != "trials" else None
+                if column is not None:
+                    session.execute(delete(table).where(column.in_(trials)))
+                elif "study_id" in table.c:
+                    session.execute(delete(table).where(table.c.study_id.in_(studies)))
+    except DATABASE_ERRORS as error:
+        raise refusal(pointer.url, error) from error
+    finally:
+        engine.dispose()
 
 
 def may_pass(error: BaseException) -> bool:
@@ -126,6 +168,11 @@ def refusal(url: str, error: BaseException) -> RecordUnavailableError:
     advice = next((advice for word, advice in _ADVICE.items() if word in said.lower()), default)
     rule = "the database that holds the study's record can be reached and written"
     return RecordUnavailableError(Problem("record", rule, f"{url}: {said[:500]}", advice))
+
+
+def _engine(url: str) -> sqlalchemy.Engine:
+    """For one connection, which is closed after use."""
+    return sqlalchemy.create_engine(_full(url), **_engine_settings(), poolclass=sqlalchemy.NullPool)
 
 
 def _full(url: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any, TypeVar
 
 from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from optuna.storages._rdb import models
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
-from sqlalchemy import delete, event, or_, select
+from sqlalchemy import event, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, scoped_session, selectinload, sessionmaker
 
@@ -224,39 +222,6 @@ class Database(_CachedStorage):
             else:
                 self._patience_s = PATIENCE_S
                 return found
-
-
-def create_record(url: str, path: Path, direction: StudyDirection, attrs: Mapping[str, Any]) -> None:
-    """A study in the database, in one transaction, and then the pointer to it: whoever finds that finds it whole."""
-    pointer = Pointer(url, f"{path.parent.name}-{secrets.token_hex(4)}")
-    storage = opened(url, make_tables=True)
-    rows = [models.StudyUserAttributeModel(key=name, value_json=json.dumps(value)) for name, value in attrs.items()]
-    directions = [models.StudyDirectionModel(objective=0, direction=direction)]
-    try:
-        with Session(storage.engine) as session, session.begin():
-            session.add(models.StudyModel(study_name=pointer.study, directions=directions, user_attributes=rows))
-    except DATABASE_ERRORS as error:
-        raise refusal(url, error) from error
-    pointer.write(path)
-
-
-def erase(path: Path) -> None:
-    """Removes the rows of the study that the pointer at `path` names, however many of them are left."""
-    pointer = Pointer.read(path)
-    trials = (
-        select(models.TrialModel.trial_id).join(models.StudyModel).where(models.StudyModel.study_name == pointer.study)
-    )
-    studies = select(models.StudyModel.study_id).where(models.StudyModel.study_name == pointer.study)
-    try:
-        with Session(opened(pointer.url).engine) as session, session.begin():
-            for table in reversed(models.BaseModel.metadata.sorted_tables):  # those that name others come first
-                column = table.c.get("trial_id") if table.name != "trials" else None
-                if column is not None:
-                    session.execute(delete(table).where(column.in_(trials)))
-                elif "study_id" in table.c:
-                    session.execute(delete(table).where(table.c.study_id.in_(studies)))
-    except DATABASE_ERRORS as error:
-        raise refusal(pointer.url, error) from error
 
 
 def _put(session: Session, model: Any, names: tuple[str, str], rows: list[dict[str, Any]]) -> None:

@@ -72,7 +72,7 @@ class Record(RecordView):
             "budget_trials": spec["budget"]["trials"],
         }
         if spec.get("record") is not None:
-            from tune_service.postgres import create_record
+            from tune_service.database import create_record
 
             create_record(spec["record"], folder.pointer, direction, attrs)
         else:
@@ -260,7 +260,7 @@ def _stored(folder: StudyFolder, lease: Lease | None) -> tuple[Journal | Databas
 def erase_record(folder: StudyFolder) -> None:
     """Removes what of a record lies outside of the study's folder. RecordUnavailableError."""
     if folder.pointer.exists():
-        from tune_service.postgres import erase
+        from tune_service.database import erase
 
         erase(folder.pointer)
 

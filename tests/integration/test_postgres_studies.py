@@ -77,6 +77,7 @@ def test_tpe_and_asha_go_on_where_they_were_after_a_kill(program: Program, recor
         }
         command = program.start("run", program.spec(name, changes), "--json")
         if cut:
+            wait_until((program.storage / name / "record.json").exists, 60, "the record")
             wait_until(lambda: len(program.json("status", name)["trials"]) >= 12, 120, "the twelfth trial")
             kill(program, command)
             return program.json("resume", name)
