@@ -145,6 +145,12 @@ def _run(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
     run_here(storage, answer)
 
 
+def _check(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+    from tune_service.doctor import check_here
+
+    check_here(storage, request["start_nodes"], request["versions"], answer)
+
+
 def _resume(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
     from tune_service.cluster_study import resume_here
 
@@ -160,6 +166,7 @@ QUESTIONS: Mapping[str, Callable[[Mapping[str, Any], Storage, Answer], None]] = 
     "where": _where,
     "delete": _delete,
     "best": _best,
+    "check": _check,
     "run": _run,
     "resume": _resume,
 }

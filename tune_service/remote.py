@@ -42,6 +42,20 @@ class RemoteStudies:
         self._dashboard = dashboard
         self._storage = storage
 
+    @property
+    def address(self) -> str:
+        """As the user wrote it."""
+        return self._dashboard.address
+
+    @property
+    def host(self) -> str | None:
+        """The head's address as this machine knows it."""
+        return self._dashboard.host
+
+    def refuses_strangers(self) -> bool:
+        """Whether the dashboard asks for the token."""
+        return self._dashboard.refuses_strangers()
+
     # Questions
 
     def list(self) -> Iterator[StudyRow]:
@@ -99,6 +113,13 @@ class RemoteStudies:
                 fetch(self._dashboard, document["node_id"], document, out)
                 return BestTrial.model_validate(document["best"])
         raise self._silent("best", "no answer")
+
+    def checkup(
+        self, name: str, package: Path, start_nodes: bool, versions: Mapping[str, str]
+    ) -> Generator[Any, None, None]:
+        """What the cluster's doctor says of a study that would come with this package, piece by piece."""
+        uri = self._dashboard.upload(package)
+        return self._ask("check", uri, study=name, start_nodes=start_nodes, versions=versions)
 
     # Studies
 
@@ -169,7 +190,7 @@ class RemoteStudies:
             return document
         raise self._silent(what, "no answer")
 
-    def _ask(self, what: str, **arguments: Any) -> Generator[Any, None, None]:
+    def _ask(self, what: str, package: str | None = None, **arguments: Any) -> Generator[Any, None, None]:
         """The documents that answer a question. Raises what the head says is wrong."""
         request = self._request(what, **arguments)
         job = f"{QUESTION}-{what}-{request['word']}"
@@ -177,7 +198,7 @@ class RemoteStudies:
         metadata = {QUESTION: title, "job_name": title}
         is_answered = False
         try:
-            self._dashboard.submit(job, _entrypoint(request), metadata)
+            self._dashboard.submit(job, _entrypoint(request), metadata, package)
             yield from self._answers(request, job)
             is_answered = True
         finally:

@@ -1,0 +1,270 @@
+"""What is made of what was found on a cluster. Pure: `doctor.py` goes and looks."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainables.checkpoint import GIB
+from tune_service.check import Check
+from tune_service.node_look import METRICS, OPEN, REFUSED, SILENT
+from tune_service.scheduler import rungs
+from tune_service.spec import StudySpec
+
+FAILED = 1
+"""The exit code of a check that failed for a reason that lies with the cluster; what lies with the spec has 2."""
+HOUR_S = 3600.0
+TOKEN_ADVICE = "RAY_AUTH_MODE=token in every start command, as `cluster init` writes it; then `ray up` again"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node as Ray has it, and what was found there."""
+
+    address: str
+    is_head: bool
+    cpus: float
+    gpus: float
+    found: Mapping[str, Any]
+    """As `node_look.look` has it, or `error` alone."""
+
+    @property
+    def name(self) -> str:
+        return f"the head {self.address}" if self.is_head else self.address
+
+    @property
+    def is_worker(self) -> bool:
+        return self.cpus > 0 or self.gpus > 0
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port that Ray's processes listen on, and what it says to who shows no token."""
+
+    address: str
+    number: int
+    program: str
+    is_heads: bool
+    says: str = SILENT
+
+    def __str__(self) -> str:
+        return f"{self.address}:{self.number} ({self.program})"
+
+    def at(self, address: str) -> Port:
+        """The same port by another address of its node."""
+        return replace(self, address=address)
+
+
+def failed(name: str, found: str, advice: str) -> Check:
+    return Check(name, False, found, advice, code=FAILED)
+
+
+def not_looked_at(name: str, why: str, advice: str = "") -> Check:
+    """Nothing is wrong, as far as anybody knows."""
+    return Check(name, True, f"not looked at: {why}", advice)
+
+
+# Versions
+
+
+def versions(nodes: Sequence[Node], here: Mapping[str, str]) -> Check:
+    """Whether all nodes run the same, and the laptop's tune-service is theirs."""
+    name, silent = "versions", [node for node in nodes if "error" in node.found]
+    if silent:
+        found = "; ".join(f"{node.name}: {node.found['error']}" for node in silent)
+        return failed(name, found, "look at that node, or take it out of the cluster: it gives no answer")
+    told = []
+    for package in nodes[0].found["versions"]:
+        by_version: dict[str, list[str]] = {}
+        for node in nodes:
+            by_version.setdefault(node.found["versions"].get(package, "unknown"), []).append(node.name)
+        if len(by_version) > 1:
+            parts = (f"{version} on {', '.join(names)}" for version, names in by_version.items())
+            told.append(f"{package}: {' and '.join(parts)}")
+    if told:
+        advice = "one source and one requirements.lock on all nodes: `ray up` copies and installs this checkout's"
+        return failed(name, "; ".join(told), advice)
+    same = nodes[0].found["versions"]
+    found = f"on {_nodes(len(nodes))}: " + ", ".join(f"{package} {version}" for package, version in same.items())
+    if same["tune-service"] == here["tune-service"]:
+        return Check(name, True, found)
+    differs = f"{found}; here: tune-service {here['tune-service']}"
+    if same["tune-service"].partition(",")[0] != here["tune-service"].partition(",")[0]:
+        return failed(name, differs, "one version here and there, or `submit` is refused: `ray up`, or update here")
+    return Check(name, True, differs, "the cluster runs another source than this machine has; `ray up` copies this one")
+
+
+# Nodes
+
+
+def nodes_check(nodes: Sequence[Node]) -> Check:
+    """What there is, and whether each node has the GPUs that it offers."""
+    lacking = [node for node in nodes if "error" not in node.found and node.gpus > len(node.found["gpus"])]
+    kinds = Counter(_kind(node) for node in nodes if node.is_worker)
+    found = ", ".join(f"{count} x ({kind})" for kind, count in kinds.items()) or "no worker node is up"
+    heads = [node.name for node in nodes if node.is_head]
+    if lacking:
+        parts = (
+            f"{node.name} offers {node.gpus:g} GPUs, its driver lists {len(node.found['gpus'])}" for node in lacking
+        )
+        return failed("nodes", "; ".join(parts), "an image with NVIDIA's driver: `nvidia-smi` must work on the node")
+    return Check("nodes", True, "; ".join([*heads, found]))
+
+
+def _kind(node: Node) -> str:
+    gpus = Counter(f"{name} {mib / 1024:.0f} GiB" for name, mib in node.found.get("gpus", ()))
+    listed = "".join(f", {count} x {name}" for name, count in gpus.items()) if node.gpus else ""
+    memory = node.found.get("memory_bytes", 0) / GIB
+    return f"{node.cpus:g} CPUs{listed}, {memory:.0f} GiB of memory"
+
+
+def opened(name: str, nodes: Sequence[Node]) -> Check:
+    """Whether every worker node opens what its ranks will."""
+    workers = [node for node in nodes if node.is_worker and "error" not in node.found]
+    told = [f"{node.name}: {problem}" for node in workers for problem in node.found["problems"]]
+    if told:
+        advice = "a folder of this machine, which is shipped, or one that lies on every node; a network for the hub"
+        return Check(name, False, "; ".join(told), advice, code=2)
+    return Check(name, True, f"can be opened on {_nodes(len(workers))}")
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node{'s' if count != 1 else ''}"
+
+
+# Ports
+
+
+def ports(found: Sequence[Port]) -> Check:
+    """The rule: without the token nothing answers but Ray's metrics. Which addresses are reached is `reach`'s."""
+    by_says = {says: [port for port in found if port.says == says] for says in {port.says for port in found}}
+    told = f"{len(by_says.get(REFUSED, ()))} refuse who shows no token"
+    if metrics := by_says.get(METRICS):
+        told += f", {len(metrics)} tell Ray's metrics: {_listed(metrics)}"
+    if others := [port for port in found if port.says not in (REFUSED, METRICS, OPEN, SILENT)]:
+        told += f", {len(others)} speak something else: {_listed(others)}"
+    if silent := by_says.get(SILENT):
+        told += f", {len(silent)} cannot be reached from another node: {_listed(silent)}"
+    if opened := by_says.get(OPEN):
+        found_open = f"without the token answers {_listed(opened)}; {told}"
+        return failed("ports", found_open, TOKEN_ADVICE)
+    return Check("ports", True, told)
+
+
+def reach(host: str | None, reached: Sequence[Port]) -> Check:
+    """What the laptop could connect to. The rule: at an address of the internet, none of Ray's ports."""
+    if host is None:
+        return not_looked_at("reach", "the address leads through this machine's own loopback")
+    public = [port for port in reached if is_public(port.address)]
+    if public:
+        found = f"anybody can connect to {_listed(public)}"
+        return failed("reach", found, "a firewall that opens ssh alone: README, What is guarded, and what is not")
+    if reached:
+        return Check("reach", True, f"from here, over a private network: {_listed(reached)}")
+    return Check("reach", True, f"none of Ray's ports of {host} can be reached from here")
+
+
+def is_public(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_global
+    except ValueError:  # a name: nobody knows
+        return False
+
+
+def _listed(some: Sequence[Port], most: int = 8) -> str:
+    shown = ", ".join(map(str, some[:most]))
+    return f"{shown} and {len(some) - most} more" if len(some) > most else shown
+
+
+# Memory
+
+
+def memory(spec: StudySpec, step: Mapping[str, float], nodes: Sequence[Node], ranks_per_node: int) -> Check:
+    """Whether as many ranks as share a GPU, or a node, have memory for the largest step."""
+    name, peak, resources = "memory", step["peak_bytes"], spec.resources
+    if step["gpu_bytes"]:
+        count, total, where = max(1, int(1 / resources.gpus_per_worker + 1e-9)), step["gpu_bytes"], "the GPU"
+    else:
+        workers = [node.found["memory_bytes"] for node in nodes if node.is_worker and "error" not in node.found]
+        count, total, where = max(1, ranks_per_node), min(workers, default=0), "a node"
+    sums = f"{count * peak / GIB:.2g} of {total / GIB:.2g} GiB of {where}"
+    told = f"{peak / GIB:.2g} GiB at most in a rank, {count} at once: {sums}"
+    if count * peak > total:
+        key = "gpus_per_worker" if step["gpu_bytes"] else "cpus_per_worker"
+        advice = f"more resources.{key}, training.micro_batch_size, or smaller largest batch_size and max_length"
+        return Check(name, False, told, advice, code=2)
+    return Check(name, True, told)
+
+
+# Time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a study of `finetune`: the first number if ASHA stops what it is expected to, the second if nothing stops."""
+
+    epochs: tuple[float, float]
+    """Of all trials together."""
+    epoch_s: tuple[float, float]
+    """One of them, evaluation and checkpoint included; the second while all that share a GPU work."""
+    wall_s: tuple[float, float]
+    gpu_hours: tuple[float, float]
+
+    def __str__(self) -> str:
+        used = f", {_range(*self.gpu_hours, 'GPU hours')}" if self.gpu_hours[1] else ""
+        return (
+            f"{_range(self.wall_s[0] / HOUR_S, self.wall_s[1] / HOUR_S, 'h')}{used}: {self.epochs[0]:.0f} epochs if ASHA stops "
+            f"what it is expected to, {self.epochs[1]:.0f} if nothing stops, of "
+            f"{_range(*self.epoch_s, 's')} each with evaluation and checkpoint, by the steps that were timed"
+        )
+
+
+def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_bytes_s: float) -> Estimate:
+    """`at_once`: trials that run side by side; `storage_bytes_s`: what the storage takes, all trials together."""
+    trials, resources = spec.budget.trials, spec.resources
+    save_s = 12 * step["parameters"] / storage_bytes_s
+    alone_s = step["train_rows"] * step["train_row_s"] + step["eval_rows"] * step["eval_row_s"] + save_s
+    sharing = max(1, int(1 / resources.gpus_per_worker + 1e-9)) if resources.gpus_per_worker else 1
+    epoch_s = alone_s, alone_s * min(sharing, at_once)
+    most = float(trials * spec.max_epochs)
+    epochs = (min(most, expected_epochs(spec)), most)
+    at_once = max(1, min(at_once, trials))
+    wall = tuple(
+        max(number * each / at_once, spec.max_epochs * each, number * save_s)
+        for number, each in zip(epochs, epoch_s, strict=True)
+    )
+    gpus = resources.workers * resources.gpus_per_worker
+    hours = tuple(number * each * gpus / HOUR_S for number, each in zip(epochs, epoch_s, strict=True))
+    return Estimate(epochs, epoch_s, (wall[0], wall[1]), (hours[0], hours[1]))
+
+
+def expected_epochs(spec: StudySpec) -> float:
+    """Of all trials, when the order in which they come says nothing of how good they are.
+
+    The i-th trial at a rung goes on if it is among the best ceil(i / factor) of i: with probability
+    ceil(i / factor) / i.
+    """
+    going, done, total = float(spec.budget.trials), 0, 0.0
+    asha = spec.scheduler
+    stops = rungs(asha.grace_period, asha.reduction_factor, spec.max_epochs) if asha.name == "asha" else []
+    for rung in stops:
+        total += going * (rung - done)
+        count, factor = round(going), asha.reduction_factor
+        going, done = sum(-(-i // factor) / i for i in range(1, count + 1)), rung
+    return total + going * (spec.max_epochs - done)
+
+
+def first_epoch(spec: StudySpec, found: Estimate, deadline_s: float) -> Check | None:
+    """A trial whose epoch takes longer than a silent rank is waited for would be ended again and again."""
+    if found.epoch_s[1] <= deadline_s:
+        return None
+    told = f"an epoch takes {_range(*found.epoch_s, 's')}, a rank that is silent for {deadline_s:.0f} s is ended"
+    return Check("deadline", False, told, f"faults.step_timeout_s: {3 * found.epoch_s[1]:.0f}", code=2)
+
+
+def _range(low: float, high: float, unit: str) -> str:
+    texts = [f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in (low, high)]
+    return f"{texts[0]} {unit}" if texts[0] == texts[1] else f"{texts[0]} to {texts[1]} {unit}"
