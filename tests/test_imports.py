@@ -23,6 +23,7 @@ FORBIDDEN = {
 
 ONLY_IN = {
     "colossalai": {"trainables/parallel.py"},
+    "grpc": {"tune_service/node_look.py"},
     "boto3": {"tune_service/cluster_firewall.py"},
     "botocore": {"tune_service/cluster_firewall.py", "tune_service/cluster_keys.py"},
     "ray": {
@@ -33,6 +34,8 @@ ONLY_IN = {
         "tune_service/autoscaler.py",
         "tune_service/cluster_check.py",
         "tune_service/cluster_ray.py",
+        "tune_service/doctor.py",
+        "tune_service/doctor_nodes.py",
         "tune_service/local_ray.py",
         "tune_service/metrics.py",
         "tune_service/tuner.py",
@@ -43,6 +46,7 @@ ONLY_IN = {
         "trainables/model.py",
         "trainables/optimizer.py",
         "trainables/parallel.py",
+        "trainables/probe.py",
         "trainables/score.py",
         "trainables/steps.py",
     },

@@ -10,13 +10,14 @@ from typing import Any
 
 from trainables.checkpoint import GIB
 from tune_service.check import Check
+from tune_service.estimate import sharing
 from tune_service.node_look import METRICS, OPEN, REFUSED, SILENT
-from tune_service.scheduler import rungs
 from tune_service.spec import StudySpec
 
 FAILED = 1
 """The exit code of a check that failed for a reason that lies with the cluster; what lies with the spec has 2."""
-HOUR_S = 3600.0
+SERVERS = ("gcs_server", "raylet")
+"""Programs of Ray's that live as long as their node."""
 TOKEN_ADVICE = "RAY_AUTH_MODE=token in every start command, as `cluster init` writes it; then `ray up` again"
 
 
@@ -24,6 +25,7 @@ TOKEN_ADVICE = "RAY_AUTH_MODE=token in every start command, as `cluster init` wr
 class Node:
     """A living node as Ray has it, and what was found there."""
 
+    id: str
     address: str
     is_head: bool
     cpus: float
@@ -139,18 +141,21 @@ def _nodes(count: int) -> str:
 
 
 def ports(found: Sequence[Port]) -> Check:
-    """The rule: without the token nothing answers but Ray's metrics. Which addresses are reached is `reach`'s."""
+    """The rule: without the token nothing answers but Ray's metrics, and from another node Ray's servers are reached.
+
+    Whether the world reaches them is `reach`'s.
+    """
     by_says = {says: [port for port in found if port.says == says] for says in {port.says for port in found}}
     told = f"{len(by_says.get(REFUSED, ()))} refuse who shows no token"
     if metrics := by_says.get(METRICS):
         told += f", {len(metrics)} tell Ray's metrics: {_listed(metrics)}"
     if others := [port for port in found if port.says not in (REFUSED, METRICS, OPEN, SILENT)]:
         told += f", {len(others)} speak something else: {_listed(others)}"
-    if silent := by_says.get(SILENT):
-        told += f", {len(silent)} cannot be reached from another node: {_listed(silent)}"
     if opened := by_says.get(OPEN):
-        found_open = f"without the token answers {_listed(opened)}; {told}"
-        return failed("ports", found_open, TOKEN_ADVICE)
+        return failed("ports", f"without the token answers {_listed(opened)}; {told}", TOKEN_ADVICE)
+    if blocked := [port for port in by_says.get(SILENT, ()) if port.program in SERVERS]:  # others have just ended
+        found_blocked = f"from another node nobody reaches {_listed(blocked)}; {told}"
+        return failed("ports", found_blocked, "between the nodes all ports open: README, What is guarded")
     return Check("ports", True, told)
 
 
@@ -186,7 +191,7 @@ def memory(spec: StudySpec, step: Mapping[str, float], nodes: Sequence[Node], ra
     """Whether as many ranks as share a GPU, or a node, have memory for the largest step."""
     name, peak, resources = "memory", step["peak_bytes"], spec.resources
     if step["gpu_bytes"]:
-        count, total, where = max(1, int(1 / resources.gpus_per_worker + 1e-9)), step["gpu_bytes"], "the GPU"
+        count, total, where = sharing(resources), step["gpu_bytes"], "the GPU"
     else:
         workers = [node.found["memory_bytes"] for node in nodes if node.is_worker and "error" not in node.found]
         count, total, where = max(1, ranks_per_node), min(workers, default=0), "a node"
@@ -197,74 +202,3 @@ def memory(spec: StudySpec, step: Mapping[str, float], nodes: Sequence[Node], ra
         advice = f"more resources.{key}, training.micro_batch_size, or smaller largest batch_size and max_length"
         return Check(name, False, told, advice, code=2)
     return Check(name, True, told)
-
-
-# Time
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Of a study of `finetune`: the first number if ASHA stops what it is expected to, the second if nothing stops."""
-
-    epochs: tuple[float, float]
-    """Of all trials together."""
-    epoch_s: tuple[float, float]
-    """One of them, evaluation and checkpoint included; the second while all that share a GPU work."""
-    wall_s: tuple[float, float]
-    gpu_hours: tuple[float, float]
-
-    def __str__(self) -> str:
-        used = f", {_range(*self.gpu_hours, 'GPU hours')}" if self.gpu_hours[1] else ""
-        return (
-            f"{_range(self.wall_s[0] / HOUR_S, self.wall_s[1] / HOUR_S, 'h')}{used}: {self.epochs[0]:.0f} epochs if ASHA stops "
-            f"what it is expected to, {self.epochs[1]:.0f} if nothing stops, of "
-            f"{_range(*self.epoch_s, 's')} each with evaluation and checkpoint, by the steps that were timed"
-        )
-
-
-def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_bytes_s: float) -> Estimate:
-    """`at_once`: trials that run side by side; `storage_bytes_s`: what the storage takes, all trials together."""
-    trials, resources = spec.budget.trials, spec.resources
-    save_s = 12 * step["parameters"] / storage_bytes_s
-    alone_s = step["train_rows"] * step["train_row_s"] + step["eval_rows"] * step["eval_row_s"] + save_s
-    sharing = max(1, int(1 / resources.gpus_per_worker + 1e-9)) if resources.gpus_per_worker else 1
-    epoch_s = alone_s, alone_s * min(sharing, at_once)
-    most = float(trials * spec.max_epochs)
-    epochs = (min(most, expected_epochs(spec)), most)
-    at_once = max(1, min(at_once, trials))
-    wall = tuple(
-        max(number * each / at_once, spec.max_epochs * each, number * save_s)
-        for number, each in zip(epochs, epoch_s, strict=True)
-    )
-    gpus = resources.workers * resources.gpus_per_worker
-    hours = tuple(number * each * gpus / HOUR_S for number, each in zip(epochs, epoch_s, strict=True))
-    return Estimate(epochs, epoch_s, (wall[0], wall[1]), (hours[0], hours[1]))
-
-
-def expected_epochs(spec: StudySpec) -> float:
-    """Of all trials, when the order in which they come says nothing of how good they are.
-
-    The i-th trial at a rung goes on if it is among the best ceil(i / factor) of i: with probability
-    ceil(i / factor) / i.
-    """
-    going, done, total = float(spec.budget.trials), 0, 0.0
-    asha = spec.scheduler
-    stops = rungs(asha.grace_period, asha.reduction_factor, spec.max_epochs) if asha.name == "asha" else []
-    for rung in stops:
-        total += going * (rung - done)
-        count, factor = round(going), asha.reduction_factor
-        going, done = sum(-(-i // factor) / i for i in range(1, count + 1)), rung
-    return total + going * (spec.max_epochs - done)
-
-
-def first_epoch(spec: StudySpec, found: Estimate, deadline_s: float) -> Check | None:
-    """A trial whose epoch takes longer than a silent rank is waited for would be ended again and again."""
-    if found.epoch_s[1] <= deadline_s:
-        return None
-    told = f"an epoch takes {_range(*found.epoch_s, 's')}, a rank that is silent for {deadline_s:.0f} s is ended"
-    return Check("deadline", False, told, f"faults.step_timeout_s: {3 * found.epoch_s[1]:.0f}", code=2)
-
-
-def _range(low: float, high: float, unit: str) -> str:
-    texts = [f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in (low, high)]
-    return f"{texts[0]} {unit}" if texts[0] == texts[1] else f"{texts[0]} to {texts[1]} {unit}"

@@ -87,9 +87,9 @@ def gpus() -> list[tuple[str, int]]:
 
 def listening(session: str, gcs_address: str) -> Iterator[tuple[str, int, str]]:
     """(address, port, program) of each socket of this Ray on which others can call, loopback left out."""
-    names = {process.pid: process.name() for process in _of_ray(session, gcs_address)}
+    names = {each.pid: each.info["name"] for each in _of_ray(session, gcs_address) if each.pid != os.getpid()}
     for each in psutil.net_connections("tcp"):
-        if each.status != psutil.CONN_LISTEN or each.pid not in names:
+        if each.status != psutil.CONN_LISTEN or each.pid not in names or not each.laddr:
             continue
         address = ipaddress.ip_address(each.laddr.ip)
         address = getattr(address, "ipv4_mapped", None) or address
@@ -107,11 +107,12 @@ def problems(spec: Mapping[str, Any]) -> list[str]:
     """What keeps a rank here from opening what the study names, in sentences."""
     try:
         from trainables.config import DataConfig, ModelConfig
+        from trainables.errors import UserError
         from trainables.model_files import check_model_files
         from trainables.tables import check_reachable
         from tune_service.check import import_trainable
 
-        found = []
+        found: list[object] = []
         if spec["model"] is not None:
             found += check_model_files(ModelConfig(**spec["model"]))
         if spec["data"] is not None:
@@ -119,29 +120,32 @@ def problems(spec: Mapping[str, Any]) -> list[str]:
         if spec["trainable"] is not None:
             try:
                 import_trainable(spec["trainable"], Path.cwd())
-            except Exception as error:
-                found += getattr(error, "problems", [error])
-        return [
-            f"{each.place}: {each.rule}; found {each.found}" if hasattr(each, "place") else str(each) for each in found
-        ]
+            except UserError as error:
+                found += error.problems
+        return [str(each) for each in found]
     except ImportError as error:
         return [f"tune-service there is another one: {error}"]
 
 
-def _of_ray(session: str, gcs_address: str) -> Iterator[psutil.Process]:
+def _of_ray(session: str, gcs_address: str) -> list[psutil.Process]:
     """Processes of this cluster on this machine: they name its session or its head, or are children of such a one."""
-    for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or ())
-        if session in words or f"address={gcs_address}" in words:
-            yield process
-            try:
-                yield from process.children(recursive=True)
-            except psutil.Error:  # it has just ended
-                continue
+    processes = list(psutil.process_iter(["cmdline", "name", "ppid"]))
+    found = {
+        each.pid: each
+        for each in processes
+        if any(session in word or f"address={gcs_address}" in word for word in each.info["cmdline"] or ())
+    }
+    children = {each.pid: each for each in processes if each.info["ppid"] in found}  # Ray's workers, of a raylet
+    return list((found | children).values())
 
 
 def _memory_bytes() -> int:
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    """Of the machine, or of the container that this is."""
+    try:
+        from tune_service.machine import this_machine
+    except ImportError:  # no tune-service of this version here, as `versions` tells
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return this_machine().memory_bytes
 
 
 def _says(host: str, port: int) -> str:
