@@ -123,14 +123,14 @@ def _kind(node: Node) -> str:
     return f"{node.cpus:g} CPUs{listed}, {memory:.0f} GiB of memory"
 
 
-def opened(name: str, nodes: Sequence[Node]) -> Check:
+def opened(nodes: Sequence[Node]) -> Check:
     """Whether every worker node opens what its ranks will."""
     workers = [node for node in nodes if node.is_worker and "error" not in node.found]
     told = [f"{node.name}: {problem}" for node in workers for problem in node.found["problems"]]
     if told:
         advice = "a folder of this machine, which is shipped, or one that lies on every node; a network for the hub"
-        return Check(name, False, "; ".join(told), advice, code=2)
-    return Check(name, True, f"can be opened on {_nodes(len(workers))}")
+        return Check("inputs", False, "; ".join(told), advice, code=2)
+    return Check("inputs", True, f"can be opened on {_nodes(len(workers))}")
 
 
 def _nodes(count: int) -> str:

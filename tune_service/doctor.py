@@ -47,7 +47,9 @@ def check_here(storage: Storage, start_nodes: bool, versions: Mapping[str, str],
     `versions`: the laptop's.
     """
     root = Path.cwd()
-    spec = parse_spec(json.loads((root / SPEC).read_text(encoding="utf-8")), root)
+    spec = parse_spec(
+        json.loads((root / SPEC).read_text(encoding="utf-8")), root, here=False
+    )  # a check says what lacks
     with joined(f"check {spec.name}", came_with=root) as place:
         doctor = _Doctor(spec, root, storage, place, lambda line: answer.send({"tell": line}))
         for check in doctor.checks(start_nodes, versions):
@@ -77,10 +79,12 @@ class _Doctor:
             yield diagnosis.versions(nodes, versions)
             yield diagnosis.nodes_check(nodes)
             if any(node.is_worker for node in nodes):
-                yield diagnosis.opened("trainable on nodes" if not self._spec.is_finetune else "inputs on nodes", nodes)
+                yield diagnosis.opened(nodes)
             if group is None:
-                advice = "" if start_nodes else "--start-nodes asks the autoscaler for what one trial needs"
-                yield from (diagnosis.not_looked_at(name, why_not, advice) for name in TRIED)
+                can_start = not start_nodes and cluster_file() is not None
+                advice = "--start-nodes has the autoscaler start what one trial needs" if can_start else ""
+                yield diagnosis.not_looked_at(TRIED[0], why_not, advice)
+                yield from (diagnosis.not_looked_at(name, why_not) for name in TRIED[1:])
             else:
                 yield from try_trial(beside(self._spec, self._root), group, self._place.room, nodes, self._checkpoints)
             self.ports = try_ports(nodes)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from trainables.worker import START_DEADLINE_S
 from tune_service.check import Check
 from tune_service.kept import BYTES_PER_PARAMETER
-from tune_service.scheduler import rungs
+from tune_service.scheduler import Asha
 from tune_service.spec import ResourcesSpec, StudySpec
 
 HOUR_S = 3600.0
+PLAYED_STUDIES, PLAYED_TRIALS = 40, 200
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,30 @@ def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_b
 
 
 def expected_epochs(spec: StudySpec) -> float:
-    """Of all trials, when the order in which they come says nothing of how good they are.
+    """Of all trials, by ASHA itself on trials that come in an order which says nothing of how good they are.
 
-    The i-th trial at a rung goes on if it is among the best ceil(i / factor) of i: with probability
-    ceil(i / factor) / i.
+    A sampler that finds ever better ones has more of them go on.
     """
-    going, done, total = float(spec.budget.trials), 0, 0.0
-    asha = spec.scheduler
-    stops = rungs(asha.grace_period, asha.reduction_factor, spec.max_epochs) if asha.name == "asha" else []
-    for rung in stops:
-        total += going * (rung - done)
-        count, factor = round(going), asha.reduction_factor
-        going, done = sum(-(-i // factor) / i for i in range(1, count + 1)), rung
-    return total + going * (spec.max_epochs - done)
+    trials, max_epochs, asha = spec.budget.trials, spec.max_epochs, spec.scheduler
+    if asha.name != "asha":
+        return float(trials * max_epochs)
+    played = min(trials, PLAYED_TRIALS)
+    random = np.random.default_rng(0)
+    epochs = 0
+    for _ in range(PLAYED_STUDIES):
+        scheduler = Asha(asha.grace_period, asha.reduction_factor, max_epochs, maximize=True, metric="")
+        for number, value in enumerate(random.permutation(played)):
+            epochs += _epochs(scheduler, number, float(value), max_epochs)
+    return epochs / PLAYED_STUDIES * trials / played
+
+
+def _epochs(scheduler: Asha, number: int, value: float, max_epochs: int) -> int:
+    """How many epochs ASHA lets a trial run that has this value in each of them."""
+    for epoch in range(1, max_epochs):
+        scheduler.add(number, epoch, value)
+        if scheduler.stop_reason(number, epoch) is not None:
+            return epoch
+    return max_epochs
 
 
 def too_long(spec: StudySpec, found: Estimate) -> Check | None:
