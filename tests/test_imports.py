@@ -67,6 +67,7 @@ LIGHT = (
     "tune_service.cluster_init",
     "tune_service.remote",
     "tune_service.submit",
+    "tune_service.views",
 )
 """Modules that load neither torch nor ray: a spec is checked, and a command answers, before anything heavy loads."""
 

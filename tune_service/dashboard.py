@@ -114,6 +114,12 @@ class Dashboard:
         """All that a job has printed so far."""
         return str(self._json("GET", f"/api/jobs/{urllib.parse.quote(job)}/logs")["logs"] or "")
 
+    def tail(self, job: Job, lines: int) -> str:
+        """The last lines of what a job has printed so far."""
+        name = f"job-driver-{job.id}.log"
+        query = {"node_id": str(job.node_id), "filename": name, "lines": str(lines)}
+        return self._request("GET", f"/api/v0/logs/file?{urllib.parse.urlencode(query)}").decode(errors="replace")
+
     def stop(self, job: str) -> None:
         self._json("POST", f"/api/jobs/{urllib.parse.quote(job)}/stop")
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,20 @@ from trainables.errors import Problem, UserError
 from tune_service import __version__
 from tune_service.dashboard import Dashboard, DashboardError, Job
 from tune_service.errors import CommandError, RemoteError, StudyExistsError, StudyRunningError
-from tune_service.frames import decode
+from tune_service.frames import decode, newest
 from tune_service.handover import fetch
 from tune_service.status import BestTrial, Display, StudyStatus, StudyView
 from tune_service.storage import check_out
-from tune_service.studies import FarView, LogPiece, StudyRow, status_of
+from tune_service.studies import LogPiece, StudyRow, is_in, trial_of
+from tune_service.views import FarStudy, status_of
 
 QUESTION = "question"
 STUDY = "study"
 POLL_S = 0.1
+LINES = 3
+"""Of a log for each answer."""
+OTHER_LINES = (0, 100)
+"""That something else may have printed in between."""
 SETTLED_S = 300.0
 """A question that ended so long ago is deleted. Whoever asked it may be without a connection for a time."""
 QUEUE_S = 120.0
@@ -68,24 +74,26 @@ class RemoteStudies:
         return status_of(self._one("status", study=name))
 
     def views(self, name: str) -> Iterator[StudyView]:
-        more = True
+        more, study = True, FarStudy()
         while more:
             more = False
-            for document in self._ask("views", study=name):
+            for document in self._ask("views", study=name, known=study.known()):
                 more = document.get("more", more)
                 if "status" in document:
-                    yield FarView(document)
+                    yield study.take(document)
 
     def logs(self, name: str, trial: int | None) -> Iterator[LogPiece]:
-        more, since = True, dict[str, int]()
+        more, since, done = True, dict[str, int](), list[list[int]]()
         while more:
             more = False
-            for document in self._ask("logs", study=name, trial=trial, since=since):
-                more = document.get("more", more)
+            since = {file: end for file, end in since.items() if not is_in(done, trial_of(file))}
+            for document in self._ask("logs", study=name, trial=trial, since=since, done=done):
                 if "piece" in document:
                     raw = document["piece"]
                     since[raw["file"]] = raw["end"]
                     yield LogPiece(raw["file"], tuple(raw["lines"]), raw["end"])
+                else:
+                    more, done = document["more"], document["done"]
 
     def stop(self, name: str, now: bool) -> StudyStatus:
         try:
@@ -214,13 +222,13 @@ class RemoteStudies:
     def _answers(self, request: Mapping[str, Any], job: str, patience_s: float | None = None) -> Iterator[Any]:
         """What the head answers, as it comes, until its end; with patience, no longer than that."""
         dashboard, word = self._dashboard, request["word"]
-        began, position, pause_s = time.monotonic(), 0, POLL_S
+        began, number = time.monotonic(), 0
         while True:
             asked = time.monotonic()
             # Before the log, which is whole then if the job has ended.
             found = dashboard.patiently(lambda: dashboard.job(job))
-            log = dashboard.patiently(lambda: dashboard.log(job)) if found and found.status != "PENDING" else ""
-            documents, position = decode(word, log, position)
+            log = dashboard.patiently(partial(self._news, found, word, number)) if found else ""
+            documents, number = decode(word, log, number)
             for document in documents:
                 if "version" in document:
                     self._compare(document["version"])
@@ -231,12 +239,29 @@ class RemoteStudies:
                 else:
                     yield document | {"node_id": found and found.node_id}
             if found is None or found.has_ended:
-                raise self._silent(request["what"], _why(found, log))
+                raise self._silent(request["what"], _why(found, dashboard.log(job) if found else ""))
             if patience_s is not None and time.monotonic() - began > patience_s:
                 return
             took_s = time.monotonic() - asked
-            pause_s = max(POLL_S, 2 * took_s)  # a long log is not fetched all the time
-            time.sleep(pause_s)
+            time.sleep(max(POLL_S, 2 * took_s))  # a long log is not fetched all the time
+
+    def _news(self, job: Job, word: str, number: int) -> str:
+        """The end of the job's log that has the answers after the one of this number; where that cannot be told, all.
+
+        A follower's first answer can be a megabyte, and is not fetched with every look.
+        """
+        if job.status == "PENDING":
+            return ""
+        if number and job.node_id is not None:
+            last = newest(word, self._dashboard.tail(job, 1))
+            if last == number:
+                return ""
+            if last is not None:
+                for others in OTHER_LINES:
+                    tail = self._dashboard.tail(job, LINES * (last - number) + others)
+                    if decode(word, tail, number)[1] >= last:
+                        return tail
+        return self._dashboard.log(job.id)
 
     def _compare(self, version: str) -> None:
         if version != __version__:
