@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from tune_service.dashboard import Dashboard, Job
+from tune_service.errors import StudyRunningError
 from tune_service.frames import encode
 from tune_service.remote import QUESTION, SETTLED_S, STUDY, RemoteStudies
 
@@ -52,8 +53,19 @@ def test_a_studys_next_job_has_the_next_number() -> None:
     jobs = Jobs(
         Job("a-1", "FAILED", "", {STUDY: "a"}, None, 1.0, 2.0), Job("b-7", "FAILED", "", {STUDY: "b"}, None, 1.0, 2.0)
     )
-    assert studies(jobs)._next_job("a", ValueError) == "a-2"
-    assert studies(jobs)._next_job("c", ValueError) == "c-1"
+    assert studies(jobs)._next_job("a", StudyRunningError, "") == "a-2"
+    assert studies(jobs)._next_job("c", StudyRunningError, "") == "c-1"
+
+
+def test_a_study_with_a_living_job_is_not_resumed_and_the_way_on_is_said() -> None:
+    waiting = Job("a-1", "PENDING", "", {STUDY: "a"}, None, 1.0, None)
+    with pytest.raises(StudyRunningError) as refusal:
+        studies(Jobs(waiting)).resume("a", None, cast(Any, None))
+    (problem,) = refusal.value.problems
+    assert (problem.found, problem.expected) == (
+        "job a-1 is pending",
+        "`tune-service watch a` to follow it, or `tune-service stop a` first",
+    )
 
 
 class Log(Jobs):

@@ -133,14 +133,15 @@ class RemoteStudies:
 
     def submit(self, name: str, spec_text: str, package: Path, patience_s: float | None = QUEUE_S) -> str:
         """Hands a new study over. Returns its job once the study has begun, or after `patience_s` (None: never)."""
-        job = self._next_job(name, StudyExistsError)
+        job = self._next_job(name, StudyExistsError, f"another name (--name), or `tune-service stop {name}` first")
         uri = self._dashboard.upload(package)
         self._start(name, job, "run", {"spec": spec_text}, uri, patience_s)
         return job
 
     def resume(self, name: str, trials: str | None, display: Display) -> StudyStatus:
         """Starts a new job for the study and follows it to its end."""
-        job = self._next_job(name, StudyRunningError)
+        expected = f"`tune-service watch {name}` to follow it, or `tune-service stop {name}` first"
+        job = self._next_job(name, StudyRunningError, expected)
         self._start(name, job, "resume", {}, None, None, trials=trials)
         display.tell(f"study {name} goes on as job {job}; it does not need this command")
         return self.follow(name, display)
@@ -151,13 +152,12 @@ class RemoteStudies:
             display.show(view)
         return self.status(name)
 
-    def _next_job(self, name: str, error: type[UserError]) -> str:
+    def _next_job(self, name: str, error: type[UserError], expected: str) -> str:
         """An id for the study's next job. Raises `error` while it has a living one, even one that only waits."""
         jobs = self._jobs(name)
         for job in self._living(name):
             rule = "a study is driven by one job"
             found = f"job {job.id} is {job.status.lower()}"
-            expected = f"another name (--name), or `tune-service stop {name}` first"
             raise error(Problem("name", rule, found, expected))
         numbers = [int(job.id.rpartition("-")[2]) for job in jobs if job.id.rpartition("-")[2].isdecimal()]
         return f"{name}-{max(numbers, default=0) + 1}"
@@ -186,7 +186,8 @@ class RemoteStudies:
             if self._dashboard.job(job) is None:
                 raise
             found = f"job {job} was handed in at the same moment"  # its id is the lock: Ray takes it once
-            raise StudyExistsError(Problem("name", "is not taken", found, "another name (--name)")) from error
+            expected = f"another name (--name), or `tune-service watch {name}`"
+            raise StudyExistsError(Problem("name", "a study is driven by one job", found, expected)) from error
         for document in self._answers(request, job, patience_s):
             if "begun" in document:
                 return
