@@ -108,6 +108,7 @@ def test_finetune_gives_the_model_folder_and_neither_optimizer_nor_random_state(
             "next_within_s": 1.0,
             "epoch": 1,
             "metrics": [("eval_accuracy", 0.7)],
+            "saves": False,
             "checkpoint_bytes": manifest.num_bytes,
             "finished": True,
         }

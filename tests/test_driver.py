@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -90,20 +90,33 @@ class HandDriven:
 
     def report(self, number: int, epoch: int, score: float, num_bytes: int | None = None, **others: float) -> bool:
         """One report; with a checkpoint of `num_bytes` bytes when that is given. Whether the trial goes on."""
-        store, metrics = self.folder.checkpoints, {"score": score} | others
-        if num_bytes is not None:
-            (store.stage(number, epoch) / "weights").write_bytes(b"w" * num_bytes)
-            store.commit(number, epoch, metrics)
-        return self.driver.result(
+        metrics, is_last = {"score": score} | others, epoch >= self.spec.max_epochs
+        if num_bytes is not None and is_last:
+            self.commit(number, epoch, num_bytes, metrics)
+        goes_on = self.driver.result(
             {
                 "number": number,
                 "next_within_s": 60.0,
                 "epoch": epoch,
                 "metrics": list(metrics.items()),
-                "checkpoint_bytes": num_bytes,
-                "finished": epoch >= self.spec.max_epochs,
+                "saves": num_bytes is not None and not is_last,
+                "checkpoint_bytes": num_bytes if is_last else None,
+                "finished": is_last,
             }
         )
+        if num_bytes is None or not goes_on:
+            return goes_on
+        self.commit(number, epoch, num_bytes, metrics)
+        return self.saved(number, epoch, num_bytes)
+
+    def commit(self, number: int, epoch: int, num_bytes: int, metrics: Mapping[str, float]) -> None:
+        (self.folder.checkpoints.stage(number, epoch) / "weights").write_bytes(b"w" * num_bytes)
+        self.folder.checkpoints.commit(number, epoch, metrics)
+
+    def saved(self, number: int, epoch: int, num_bytes: int) -> bool:
+        """The checkpoint of the last report is whole. Whether the trial goes on."""
+        result = {"number": number, "next_within_s": 60.0, "finished": False}
+        return self.driver.result(result | {"saved": epoch, "checkpoint_bytes": num_bytes})
 
     def finish(self, number: int) -> bool:
         """The trainable came to its end before its last epoch."""
@@ -454,6 +467,7 @@ def test_whatever_way_three_trials_fail_alike_the_study_ends(tmp_path: Path, end
                     "next_within_s": 1.0,
                     "epoch": 1,
                     "metrics": [],
+                    "saves": False,
                     "checkpoint_bytes": None,
                     "finished": False,
                 }
@@ -501,6 +515,21 @@ def test_a_request_to_stop_pauses_trials_at_their_next_report(tmp_path: Path, no
     trial = status.trials[running]
     assert (trial.reason, trial.ended_at, len(trial.reports)) == ("stopped by the user", None, 2)
     assert status.best is not None and status.best.number == done
+
+
+@pytest.mark.parametrize(("now", "epochs"), [(False, [2]), (True, [1])])
+def test_a_trial_that_a_stop_ends_has_the_checkpoint_of_its_last_report_but_not_at_once(
+    tmp_path: Path, now: bool, epochs: list[int]
+) -> None:
+    study = HandDriven(tmp_path)
+    running = study.begin()
+    assert study.report(running, 1, 0.5, num_bytes=10)
+    study.record.request_stop(now)
+    study.driver.poll()
+    assert not study.report(running, 2, 0.6, num_bytes=10)
+    study.end()
+    assert study.folder.checkpoints.epochs(running) == epochs
+    assert [report.epoch for report in study.trial(running).reports] == [1, 2]
 
 
 def test_a_request_to_stop_is_looked_for_often_but_not_at_every_step(
@@ -582,6 +611,7 @@ def test_asha_does_not_stop_a_trial_at_its_last_epoch(tmp_path: Path) -> None:
             "next_within_s": 1.0,
             "epoch": 3,
             "metrics": [("score", 0.1)],
+            "saves": False,
             "checkpoint_bytes": None,
             "finished": True,
         }

@@ -68,15 +68,22 @@ class AnyOrder(RuleBasedStateMachine):
                 result = self.result(asked.number, last.epoch, float(last.metrics["score"] or math.nan))
                 self.after(asked.number, self.study.driver.result(result))
 
-    def result(self, number: int, epoch: int, score: float) -> dict[str, object]:
+    def result(self, number: int, epoch: int, score: float, saved: bool = True) -> dict[str, object]:
         return {
             "number": number,
             "next_within_s": 60.0,
             "epoch": epoch,
             "metrics": [("score", score)],
-            "checkpoint_bytes": SIZE,
+            "saves": not saved,
+            "checkpoint_bytes": SIZE if saved else None,
             "finished": epoch >= EPOCHS,
         }
+
+    def reported(self, number: int, epoch: int, score: float) -> bool:
+        """A report as far as its checkpoint, which comes before that of the last epoch. Whether the trial goes on."""
+        if epoch == EPOCHS:
+            self.save(number, epoch, score)
+        return self.study.driver.result(self.result(number, epoch, score, saved=epoch == EPOCHS))
 
     def save(self, number: int, epoch: int, score: float) -> None:
         self.store.check_room(number)  # CheckpointBudgetError here is a failure of the driver's to leave room
@@ -89,8 +96,11 @@ class AnyOrder(RuleBasedStateMachine):
     def a_report(self, index: int, score: float) -> None:
         number = self.a_trial(index)
         self.epochs[number] += 1
-        self.save(number, self.epochs[number], score)
-        self.after(number, self.study.driver.result(self.result(number, self.epochs[number], score)))
+        goes_on = self.reported(number, self.epochs[number], score)
+        if goes_on:
+            self.save(number, self.epochs[number], score)
+            goes_on = self.study.saved(number, self.epochs[number], SIZE)
+        self.after(number, goes_on)
 
     @precondition(lambda self: self.epochs)
     @rule(index=st.integers(0, 9))
@@ -110,13 +120,14 @@ class AnyOrder(RuleBasedStateMachine):
         del self.epochs[number]
 
     @precondition(lambda self: self.epochs)
-    @rule(index=st.integers(0, 9), score=SCORES, at=st.sampled_from(["staged", "committed"]))
+    @rule(index=st.integers(0, 9), score=SCORES, at=st.sampled_from(["reported", "staged", "committed"]))
     def the_driver_is_killed_while_a_trial_saves(self, index: int, score: float, at: str) -> None:
         number = self.a_trial(index)
         epoch = self.epochs[number] + 1
-        if at == "committed":
+        goes_on = self.reported(number, epoch, score)
+        if goes_on and at == "committed":
             self.save(number, epoch, score)
-        else:
+        elif goes_on and at == "staged":
             (self.store.stage(number, epoch) / "weights").write_bytes(bytes(SIZE // 2))
         self.the_driver_is_killed()
 

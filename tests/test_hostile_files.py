@@ -255,7 +255,7 @@ def test_of_a_model_nothing_is_exported_that_is_not_in_the_manifest_or_could_be_
     store.commit(number, 1, {"eval_f1": 0.5})
     study.driver.result(
         {"number": number, "next_within_s": 1.0, "epoch": 1, "metrics": [("eval_f1", 0.5)]}
-        | {"checkpoint_bytes": 1, "finished": True}
+        | {"saves": False, "checkpoint_bytes": 1, "finished": True}
     )
     study.kill()
     folder = store.folder(number, 1) / "model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,7 +16,7 @@ import pytest
 
 from trainables import Context, Report
 from trainables.checkpoint import CheckpointStore
-from trainables.trial import TrialSupervisor, halved
+from trainables.trial import GO_ON_FROM_S, TrialSupervisor, halved
 from trainables.worker import Task
 from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
 
@@ -97,15 +98,48 @@ def steps(task: Task, number: int) -> list[dict[str, Any]]:
     return [{key: value for key, value in each.items() if key not in ("number", "next_within_s")} for each in results]
 
 
-def test_a_trial_is_ready_then_reports_and_saves_each_epoch(task: Task) -> None:
-    ready, first, last = steps(task, 3)
+def test_a_trial_is_ready_then_reports_then_saves_when_it_is_to_go_on(task: Task) -> None:
+    ready, first, saved, last = steps(task, 4)
     assert ready == {"finished": False}
-    assert first == {"epoch": 1, "metrics": [("score", 0.0)], "checkpoint_bytes": 112, "finished": False}
-    assert (last["epoch"], last["finished"]) == (2, True)
+    report = {"metrics": [("score", 0.0)], "saves": True, "checkpoint_bytes": None, "finished": False}
+    assert first == {"epoch": 1} | report
+    assert saved == {"saved": 1, "checkpoint_bytes": 112, "finished": False}
+    assert last == {"epoch": 2} | report | {"saves": False, "checkpoint_bytes": 112, "finished": True}
+
+
+def test_a_trial_that_is_stopped_at_a_report_writes_no_checkpoint_of_it(task: Task) -> None:
+    found = supervisor(task)
+    found.step(), found.step()
+    found.reset_config({"task": asdict(replace(task, number=1))})
+    found.step(), found.step(), found.step()
+    assert CheckpointStore(Path(task.checkpoints)).kept() == {1: [1]}
+
+
+@pytest.mark.parametrize(
+    ("commit_s", "events"),
+    [(0.0, "report save report save report save"), (GO_ON_FROM_S, "report save report save go_on report save")],
+)
+def test_ranks_train_on_while_a_checkpoint_is_synced_that_takes_long(
+    task: Task, monkeypatch: pytest.MonkeyPatch, commit_s: float, events: str
+) -> None:
+    """By the one before: of the first nobody knows how long it takes."""
+    found, seen = supervisor(replace(task, max_epochs=3)), []
+    found.step()
+    assert found._group is not None
+    for name in ("next_report", "save", "go_on"):
+        real = getattr(found._group, name)
+        monkeypatch.setattr(
+            found._group, name, lambda *given, real=real, name=name: (seen.append(name), real(*given))[1]
+        )
+    commit = found._store.commit
+    monkeypatch.setattr(found._store, "commit", lambda *given: (time.sleep(commit_s), commit(*given))[1])
+    while not found.step()["finished"]:
+        pass
+    assert " ".join(seen).replace("next_report", "report") == events
 
 
 def test_a_trial_that_goes_on_hands_in_its_last_checkpoints_report_first(task: Task) -> None:
-    steps(task, 2)
+    steps(task, 3)
     again, last = steps(task, 2)
     assert (again["epoch"], again["checkpoint_bytes"], again["finished"]) == (1, 112, False)
     assert (last["epoch"], last["finished"]) == (2, True)
@@ -139,14 +173,14 @@ def test_a_failed_save_is_the_storages_fault_only_when_that_takes_nothing(
     task: Task, number: int, fault: str | None
 ) -> None:
     """ENOSPC, EROFS; ENOENT is the trainable's own."""
-    results = steps(replace(task, params={"errno": number}), 2)
-    assert results[1].get("fault") == fault and os.strerror(number) in results[1]["failure"]
+    results = steps(replace(task, params={"errno": number}), 3)
+    assert results[2].get("fault") == fault and os.strerror(number) in results[2]["failure"]
     assert list(Path(task.checkpoints).glob("trial-*/.*")) == [], "half a checkpoint would take the record's room"
 
 
 def test_room_is_asked_for_before_a_checkpoint_is_written(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     found = supervisor(task)
-    found.step(), found.step()
+    found.step(), found.step(), found.step()
     usage = type("usage", (), {"free": 1_000_050})()
     monkeypatch.setattr("trainables.checkpoint.shutil.disk_usage", lambda path: usage)
     failure = found.step()
@@ -156,9 +190,9 @@ def test_room_is_asked_for_before_a_checkpoint_is_written(task: Task, monkeypatc
 
 
 def test_a_checkpoint_that_the_budget_does_not_hold_is_not_kept(task: Task) -> None:
-    results = steps(replace(task, budget_bytes=111), 2)
-    assert results[1]["fault"] == "budget"
-    assert "checkpoints.budget_gib is too small" in results[1]["failure"]
+    results = steps(replace(task, budget_bytes=111), 3)
+    assert results[2]["fault"] == "budget"
+    assert "checkpoints.budget_gib is too small" in results[2]["failure"]
     store = CheckpointStore(Path(task.checkpoints))
     assert store.kept() == {} and store.total_bytes() == 0
 
@@ -167,7 +201,7 @@ def test_a_trial_of_a_driver_that_lost_its_lease_commits_nothing(task: Task, tmp
     lock = tmp_path / "driver.lock"
     lock.write_text("1 on here abc\n")
     found = supervisor(replace(task, lease=(str(lock), "abc")))
-    found.step(), found.step()
+    found.step(), found.step(), found.step()
     lock.write_text("2 on here def\n")
     assert "another driver has taken the study over" in found.step()["failure"]
     assert CheckpointStore(Path(task.checkpoints)).epochs(0) == [1]

@@ -128,6 +128,23 @@ def test_a_group_gives_every_report_in_order_then_none_and_takes_the_next_trial(
     group.shutdown()
 
 
+def test_a_group_that_is_sent_on_gives_the_same_reports_and_can_be_called_off(
+    make_group: Callable[[], WorkerGroup], task: MakeTask, tmp_path: Path
+) -> None:
+    group = make_group()
+    group.begin(task())
+    group.go_on()
+    assert group.next_report() == RankReport(1, {"score": 0.25}, saves=True)
+    group.save(tmp_path)
+    group.go_on()
+    assert (tmp_path / "rank-0").read_text() == "1"
+    assert group.next_report() == RankReport(2, {"score": 0.5}, saves=True)
+    group.go_on()
+    group.begin(task(number=8, x=1.0))
+    assert group.next_report() == RankReport(1, {"score": 1.0}, saves=True)
+    group.shutdown()
+
+
 def test_a_failure_is_text_that_ends_with_the_log_of_its_rank(
     make_group: Callable[[], WorkerGroup], task: MakeTask
 ) -> None:
@@ -267,6 +284,18 @@ def test_a_frozen_rank_is_found_within_the_deadline_and_its_process_is_ended(clu
         assert "rank 1 at epoch 1" in str(failure.value)
         group.shutdown()
         assert all(gone(pid) for pid in ranks)
+
+
+def test_the_deadline_of_ranks_that_were_sent_on_counts_from_then(cluster: None, task: MakeTask) -> None:
+    with ray_group(workers=1, deadline_s=2.0) as group:
+        group.begin(task("fails", rank=1))
+        group.next_report()
+        group.go_on()  # sleeps for ten minutes
+        time.sleep(1.5)
+        started = time.monotonic()
+        with pytest.raises(StepDeadlineError):
+            group.next_report()
+        assert time.monotonic() - started < 1.5
 
 
 def test_two_groups_of_the_same_name_run_side_by_side(cluster: None, task: MakeTask) -> None:

@@ -177,12 +177,18 @@ class Run:
     # Checkpoints
 
     def save(self, folder: Path) -> None:
-        """Writes this moment into `folder`: rank 0 model and optimizer, each rank its random state."""
-        save_file({"cpu": torch.get_rng_state(), **self._cuda_rng()}, folder / f"rng-{self.rank}.safetensors")
+        """Writes this moment into `folder`: rank 0 model and optimizer, each rank its random state.
+
+        After the last epoch the model alone, a third of the bytes: nobody goes on from there.
+        """
         if self.rank == 0:
             model: Any = self.learner.network
             model.save_pretrained(folder / "model", max_shard_size="1000GB")
             self.tokenizer.save_pretrained(folder / "model")
+        if self.epoch >= self.config.training.max_epochs:
+            return
+        save_file({"cpu": torch.get_rng_state(), **self._cuda_rng()}, folder / f"rng-{self.rank}.safetensors")
+        if self.rank == 0:
             save_file(self.learner.optimizer.tensors(), folder / "optimizer.safetensors")
             write_json(folder / "progress.json", {"epoch": self.epoch, "step": self.step})
 

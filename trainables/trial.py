@@ -23,9 +23,12 @@ from trainables.errors import (
     WorkerLostError,
 )
 from trainables.fault_points import fault_point
-from trainables.worker import START_DEADLINE_S, Task, storage_is_away
+from trainables.worker import START_DEADLINE_S, RankReport, Task, storage_is_away
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
 
+GO_ON_FROM_S = 0.5
+"""The ranks train the next epoch while a checkpoint is hashed and synced, where the trial's one before took as long as
+this. Killed in that time, it repeats that part of an epoch beside the whole one: not worth it for less."""
 NODE_NEWS_S = 5.0
 """Wait before a group is put on nodes again, when it was put on one that was just going."""
 
@@ -44,14 +47,16 @@ class GroupShape:
 
 
 class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
-    """One `step` gets the ranks ready, or is one report. A failure is a result too, not an exception: it is plain data
-    with its reason, and this process, which did not fail, begins again from the last checkpoint when it is asked to go
-    on.
+    """One `step` gets the ranks ready, or is one report, or saves the checkpoint of the report before: only when the
+    trial was told to go on, so that one that is stopped writes nothing. A failure is a result too, not an exception:
+    it is plain data with its reason, and this process, which did not fail, begins again from the last checkpoint when
+    it is asked to go on.
 
-    A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `checkpoint_bytes` (None: none was saved)
-    and `finished`; or, without a report, `finished` alone; or `failure`, with `fault` (storage, budget, memory) where
-    the cause is known and `micro_batch_size` where it begins again with that; and always `number` and `next_within_s`,
-    the time until the next result is overdue.
+    A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `saves` (its checkpoint is the next
+    result), `checkpoint_bytes` (None: none was saved so far) and `finished`; or `saved`, an epoch, and
+    `checkpoint_bytes`; or `finished` alone; or `failure`, with `fault` (storage, budget, memory) where the cause is
+    known and `micro_batch_size` where it begins again with that; and always `number` and `next_within_s`, the time
+    until the next result is overdue.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -65,6 +70,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._task = Task(**new_config["task"])
         self._store = CheckpointStore(Path(self._task.checkpoints), self._task.budget_bytes, self._task.lease)
         self._begun = False
+        self._unsaved: RankReport | None = None
+        self._commit_s = 0.0
         fault_point(f"resetting-{self._task.number}")
         return True
 
@@ -83,6 +90,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def _failure(self, reason: str, error: Exception) -> dict[str, Any]:
         self._begun = False
+        self._unsaved = None
         self._drop_group()
         result: dict[str, Any] = {"failure": reason}
         if isinstance(error, StorageUnavailableError) or (isinstance(error, OSError) and storage_is_away(error)):
@@ -105,20 +113,29 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
                 return self._result(resumed.epoch, _floats(resumed.metrics), resumed)
             return {"finished": False}  # from here on the driver waits no longer than an epoch takes
         assert self._group is not None
-        report = self._group.next_report()
-        if report is None:
+        if self._unsaved is not None:
+            report, self._unsaved = self._unsaved, None
+            manifest = self._save(self._group, report)
+            return {"saved": report.epoch, "checkpoint_bytes": manifest.num_bytes, "finished": False}
+        next_report = self._group.next_report()
+        if next_report is None:
             return {"finished": True}
-        manifest = None
-        if report.saves:
-            manifest = self._save(self._group, report.epoch, report.metrics)
-        return self._result(report.epoch, report.metrics, manifest)
+        if next_report.saves and next_report.epoch >= self._task.max_epochs:  # nobody stops it any more
+            return self._result(next_report.epoch, next_report.metrics, self._save(self._group, next_report))
+        self._unsaved = next_report if next_report.saves else None
+        return self._result(next_report.epoch, next_report.metrics, None)
 
-    def _save(self, group: WorkerGroup, epoch: int, metrics: dict[str, float]) -> Manifest:
-        number = self._task.number
+    def _save(self, group: WorkerGroup, report: RankReport) -> Manifest:
+        number, epoch = self._task.number, report.epoch
         self._store.check_room(number)
         try:
             group.save(self._store.stage(number, epoch))
-            return self._store.commit(number, epoch, metrics)
+            if self._commit_s >= GO_ON_FROM_S and epoch < self._task.max_epochs:
+                group.go_on()
+            started = time.monotonic()
+            manifest = self._store.commit(number, epoch, report.metrics)
+            self._commit_s = time.monotonic() - started
+            return manifest
         except Exception:
             self._store.discard(number, epoch)  # half a checkpoint takes the room that the record needs
             raise
@@ -154,6 +171,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         return {
             "epoch": epoch,
             "metrics": list(metrics.items()),
+            "saves": self._unsaved is not None,
             "checkpoint_bytes": manifest and manifest.num_bytes,
             "finished": epoch >= self._task.max_epochs,
         }

@@ -56,12 +56,25 @@ class StepDeadline:
         self.slowest_s = max(self.slowest_s or 0.0, epoch_s)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What ranks were asked together, and when."""
+
+    at: float
+    rank_of: dict[Any, int]
+    """Ray's reference of each answer -> its rank."""
+
+
 class WorkerGroup(ABC):
     """Runs one trial after the other. After a TrialError only `shutdown` may be called."""
 
     @abstractmethod
     def begin(self, task: Task) -> None:
         """Leaves the trial before, gets every rank ready for this one."""
+
+    @abstractmethod
+    def go_on(self) -> None:
+        """Sends every rank on its way to the next report, which `next_report` waits for. It need not be called."""
 
     @abstractmethod
     def next_report(self) -> RankReport | None:
@@ -87,6 +100,9 @@ class InProcessWorkerGroup(WorkerGroup):
         self._task = task
         with self._log_in_errors():
             self._worker.begin(task)
+
+    def go_on(self) -> None:
+        """Nothing: there is one thread."""
 
     def next_report(self) -> RankReport | None:
         with self._log_in_errors():
@@ -135,9 +151,11 @@ class RayWorkerGroup(WorkerGroup):
         ]
         self._far = FarRanks(self._ask)
         self._started = False
+        self._on_their_way: _Asked | None = None
 
     def begin(self, task: Task) -> None:
         self._task = task
+        self._on_their_way = None
         # A warm group has nothing to start and to import.
         deadline_s = self._deadline.seconds if self._started else START_DEADLINE_S
         end = time.monotonic() + deadline_s
@@ -151,13 +169,19 @@ class RayWorkerGroup(WorkerGroup):
         self._ask(lambda rank: rank.begin.remote(task), end - time.monotonic())
         self._started = True
 
+    def go_on(self) -> None:
+        self._on_their_way = self._asked(lambda rank: rank.next_report.remote(), range(len(self._ranks)))
+
     def next_report(self) -> RankReport | None:
-        started = time.monotonic()
-        reports = self._ask(lambda rank: rank.next_report.remote(), self._deadline.seconds)
+        if self._on_their_way is None:
+            self.go_on()
+        asked, self._on_their_way = self._on_their_way, None
+        assert asked is not None
+        reports = self._answers(asked, self._deadline.seconds)
         epochs = [report and report.epoch for report in reports]
         if len(set(epochs)) > 1:
             raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
-        self._deadline.saw(time.monotonic() - started)
+        self._deadline.saw(time.monotonic() - asked.at)
         if self._task is not None:
             self._far.fetch_logs(self._task, self._deadline.seconds)
         first: RankReport | None = reports[0]
@@ -177,11 +201,15 @@ class RayWorkerGroup(WorkerGroup):
 
         TrialError as soon as one rank fails, whatever the others do.
         """
+        return self._answers(self._asked(call, range(len(self._ranks)) if only is None else only), deadline_s)
+
+    def _asked(self, call: Callable[[Any], Any], ranks: Sequence[int]) -> _Asked:
         self._num_oom_kills = num_oom_kills()  # what was killed before is none of these
-        asked = list(range(len(self._ranks)) if only is None else only)
-        rank_of = {call(self._ranks[rank]): rank for rank in asked}
+        return _Asked(time.monotonic(), {call(self._ranks[rank]): rank for rank in ranks})
+
+    def _answers(self, asked: _Asked, deadline_s: float) -> list[Any]:
+        rank_of, end = asked.rank_of, asked.at + deadline_s
         answers: dict[int, Any] = {}
-        end = time.monotonic() + deadline_s
         pending = list(rank_of)
         while pending:
             ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, end - time.monotonic()))
@@ -199,7 +227,7 @@ class RayWorkerGroup(WorkerGroup):
                 answers[rank] = self._answer(ready[0], rank)
             except TrialError as error:
                 raise self._cause(error, {reference: rank_of[reference] for reference in pending}) from None
-        return [answers[rank] for rank in asked]
+        return [answers[rank] for rank in rank_of.values()]
 
     def _cause(self, error: TrialError, pending: dict[Any, int]) -> TrialError:
         """`error`, or the death of another rank when that comes to light at once: a broken connection is its echo."""

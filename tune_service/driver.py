@@ -51,6 +51,8 @@ class Driver:
         self._faults: Counter[int] = Counter()
         """Failures of each trial under this driver. `restarts` of the record counts resumes too, which are no fault."""
         self._failures: Counter[str] = Counter()
+        self._values: dict[int, float] = {}
+        """The objective in each trial's last report."""
         self._begun: set[int] = set()
         """Trials that their present supervisor has taken."""
         self._in_vain: Counter[int] = Counter()
@@ -111,12 +113,15 @@ class Driver:
         self._due[number] = time.monotonic() + result["next_within_s"] + OVERDUE_MARGIN_S
         if "failure" in result:
             return self._failed(number, result)
+        if "saved" in result:
+            self._saw_checkpoint(number, result["saved"], result["checkpoint_bytes"])
         goes_on = self._report(number, result) if "epoch" in result else True
         if goes_on and result["finished"]:
             self._complete(number)
             goes_on = False
         elif goes_on and self.stopping:
-            goes_on = False  # stays without an end; the study's end puts it back in line
+            # Stays without an end; the study's end puts it back in line, after the checkpoint of this report.
+            goes_on = result.get("saves", False) and not self.stopping_now
         if not goes_on:
             self._leave(number)
         return goes_on
@@ -189,9 +194,14 @@ class Driver:
             self._asha.add(number, epoch, value)
         may_stop = self._asha is not None and not result["finished"]
         reason = self._record.report(number, epoch, metrics, partial(self._verdict, number, epoch, may_stop))
-        if result["checkpoint_bytes"] is not None:
+        num_bytes = result["checkpoint_bytes"]
+        if result["saves"] or num_bytes is not None:
             self._record.set_saves(number)
-        self._kept.saw(number, epoch, value, result["checkpoint_bytes"])
+        self._values[number] = value
+        if num_bytes is not None:
+            self._saw_checkpoint(number, epoch, num_bytes)
+        elif not result["saves"]:
+            self._kept.saw(number, epoch, value, None)
         fault = next((name for name in ("train_loss", "eval_loss", metric) if not _finite(metrics, name)), None)
         if fault is not None:
             self._record.prune(number, f"diverged: {fault} is {metrics[fault]} at epoch {epoch}", diverged=True)
@@ -200,6 +210,9 @@ class Driver:
             self._record.prune(number, reason)
             return False
         return True
+
+    def _saw_checkpoint(self, number: int, epoch: int, num_bytes: int) -> None:
+        self._kept.saw(number, epoch, self._values[number], num_bytes)
 
     def _verdict(self, number: int, epoch: int, may_stop: bool) -> str | None:
         return self._asha.stop_reason(number, epoch) if self._asha is not None and may_stop else None
@@ -266,6 +279,7 @@ class Driver:
     def _leave(self, number: int) -> None:
         """No supervisor holds the trial any more."""
         self._due.pop(number, None)
+        self._values.pop(number, None)
         self._kept.left(number, self._record.end_of(number))
 
 

@@ -72,8 +72,9 @@ def write_study(root: Path, trials: int, checkpoints: bool) -> None:
         if checkpoints:
             (folder.checkpoints.stage(number, 1) / "weights").write_bytes(b"w" * 1000)
             num_bytes = folder.checkpoints.commit(number, 1, {"score": asked.params["x"]}).num_bytes
-        result = {"number": number, "next_within_s": 60.0, "epoch": 1, "finished": True, "checkpoint_bytes": num_bytes}
-        driver.result(result | {"metrics": [("score", asked.params["x"])]})
+        result = {"number": number, "next_within_s": 60.0, "epoch": 1, "finished": True}
+        score = {"metrics": [("score", asked.params["x"])]}
+        driver.result(result | score | {"saves": False, "checkpoint_bytes": num_bytes})
 
 
 def seconds_to_start(root: Path, *command: str) -> tuple[float, float]:
