@@ -16,6 +16,8 @@ from tune_service.spec import StudySpec
 
 FAILED = 1
 """The exit code of a check that failed for a reason that lies with the cluster; what lies with the spec has 2."""
+CUDA_BYTES = 0.5 * GIB
+"""About what CUDA takes of a GPU in each process, which torch does not count."""
 SERVERS = ("gcs_server", "raylet")
 """Programs of Ray's that live as long as their node."""
 TOKEN_ADVICE = "RAY_AUTH_MODE=token in every start command, as `cluster init` writes it; then `ray up` again"
@@ -191,6 +193,7 @@ def memory(spec: StudySpec, step: Mapping[str, float], nodes: Sequence[Node], ra
     """Whether as many ranks as share a GPU, or a node, have memory for the largest step."""
     name, peak, resources = "memory", step["peak_bytes"], spec.resources
     if step["gpu_bytes"]:
+        peak += CUDA_BYTES
         count, total, where = sharing(resources), step["gpu_bytes"], "the GPU"
     else:
         workers = [node.found["memory_bytes"] for node in nodes if node.is_worker and "error" not in node.found]
