@@ -86,12 +86,17 @@ def test_a_port_reached_at_an_address_of_the_internet_fails_and_on_a_private_net
 def test_memory_counts_all_that_share_a_gpu_or_a_node(tmp_path: Path) -> None:
     step = {"peak_bytes": 6.0 * GIB, "gpu_bytes": 22.0 * GIB}
     quarter = toy_spec(tmp_path, resources={"gpus_per_worker": 0.25})
-    check = memory(quarter, step, [HEAD], 4)
+    check = memory(quarter, step, [HEAD])
     assert (check.ok, check.code) == (False, 2)
     # With half a GiB for CUDA itself.
     assert check.found == "6.5 GiB at most in a rank, 4 at once: 26 of 22 GiB of the GPU"
-    assert memory(toy_spec(tmp_path, resources={"gpus_per_worker": 1 / 3}), step, [HEAD], 4).ok
-    on_cpu = toy_spec(tmp_path, resources={"gpus_per_worker": 0})
+    assert memory(toy_spec(tmp_path, resources={"gpus_per_worker": 1 / 3}), step, [HEAD]).ok
+    assert memory(toy_spec(tmp_path, resources={"gpus_per_worker": 0.25}, budget={"trials": 3}), step, [HEAD]).ok
     no_gpu = step | {"gpu_bytes": 0.0}
-    assert memory(on_cpu, no_gpu, [HEAD, node("10.0.0.2")], 2).ok
-    assert not memory(on_cpu, no_gpu, [HEAD, node("10.0.0.2")], 3).ok
+    on_cpu = [toy_spec(tmp_path, resources={"gpus_per_worker": 0, "cpus_per_worker": cpus}) for cpus in (4, 2)]
+    nodes = [HEAD, node("10.0.0.2")]  # 8 CPUs, 16 GiB
+    assert memory(on_cpu[0], no_gpu, nodes).found == "6 GiB at most in a rank, 2 at once: 12 of 16 GiB of 10.0.0.2"
+    assert not memory(on_cpu[1], no_gpu, nodes).ok
+    # Each node with its own CPUs and memory: a big one beside a small one is no fault.
+    big = Node("3", "10.0.0.3", False, 64.0, 0.0, {"memory_bytes": 256 * GIB})
+    assert memory(on_cpu[0], no_gpu, [*nodes, big]).ok

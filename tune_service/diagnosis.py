@@ -10,6 +10,7 @@ from typing import Any
 
 from trainables.checkpoint import GIB
 from tune_service.check import Check
+from tune_service.cluster_room import NodeKind
 from tune_service.estimate import sharing
 from tune_service.node_look import METRICS, OPEN, REFUSED, SILENT
 from tune_service.spec import StudySpec
@@ -189,19 +190,27 @@ def _listed(some: Sequence[Port], most: int = 8) -> str:
 # Memory
 
 
-def memory(spec: StudySpec, step: Mapping[str, float], nodes: Sequence[Node], ranks_per_node: int) -> Check:
+def memory(spec: StudySpec, step: Mapping[str, float], nodes: Sequence[Node]) -> Check:
     """Whether as many ranks as share a GPU, or a node, have memory for the largest step."""
-    name, peak, resources = "memory", step["peak_bytes"], spec.resources
+    peak, resources = step["peak_bytes"], spec.resources
+    most = (spec.budget.concurrent_trials or spec.budget.trials) * resources.workers
     if step["gpu_bytes"]:
         peak += CUDA_BYTES
-        count, total, where = sharing(resources), step["gpu_bytes"], "the GPU"
+        rooms = [(sharing(resources), step["gpu_bytes"], "the GPU")]
     else:
-        workers = [node.found["memory_bytes"] for node in nodes if node.is_worker and "error" not in node.found]
-        count, total, where = max(1, ranks_per_node), min(workers, default=0), "a node"
+        rooms = [
+            (NodeKind(int(node.cpus), int(node.gpus), 1).ranks(resources), node.found["memory_bytes"], node.name)
+            for node in nodes
+            if node.is_worker and "error" not in node.found
+        ]
+    rooms = [(min(count, most), total, where) for count, total, where in rooms if count]
+    if not rooms:
+        return not_looked_at("memory", "no node told its own")
+    count, total, where = max(rooms, key=lambda room: room[0] / room[1])
     sums = f"{count * peak / GIB:.2g} of {total / GIB:.2g} GiB of {where}"
     told = f"{peak / GIB:.2g} GiB at most in a rank, {count} at once: {sums}"
     if count * peak > total:
         key = "gpus_per_worker" if step["gpu_bytes"] else "cpus_per_worker"
         advice = f"more resources.{key}, training.micro_batch_size, or smaller largest batch_size and max_length"
-        return Check(name, False, told, advice, code=2)
-    return Check(name, True, told)
+        return Check("memory", False, told, advice, code=2)
+    return Check("memory", True, told)

@@ -1,7 +1,7 @@
 """The doctor of a cluster: a job on its head that tries what a study of a spec needs, piece by piece.
 
 Every wait has a deadline, and what was taken is given back: the job's actors and its placement group end with it in any
-case.
+case. Where its laptop has gone away, it goes on to its end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread, Timer
 from typing import TYPE_CHECKING, Any
 
 from trainables.checkpoint import GIB
@@ -39,6 +40,9 @@ START_NODES_S = 1800.0
 """How long nodes may take that were asked for: machines start, and install what they need."""
 TOLD_S = 5.0
 WRITTEN_BYTES = 64 * 1024**2
+STORAGE_S = 60.0
+ALL_S = 7200.0
+"""The last resort, for a wait that nobody foresaw."""
 
 
 def check_here(storage: Storage, start_nodes: bool, versions: Mapping[str, str], answer: Answer) -> None:
@@ -50,6 +54,9 @@ def check_here(storage: Storage, start_nodes: bool, versions: Mapping[str, str],
     spec = parse_spec(
         json.loads((root / SPEC).read_text(encoding="utf-8")), root, here=False
     )  # a check says what lacks
+    last_resort = Timer(ALL_S, lambda: os._exit(1))
+    last_resort.daemon = True
+    last_resort.start()
     with joined(f"check {spec.name}", came_with=root) as place:
         doctor = _Doctor(spec, root, storage, place, lambda line: answer.send({"tell": line}))
         for check in doctor.checks(start_nodes, versions):
@@ -102,31 +109,25 @@ class _Doctor:
         return diagnosis.failed("token", found, diagnosis.TOKEN_ADVICE)
 
     def _storage_speed(self) -> str:
-        """Writes, reads and deletes a file where studies lie."""
-        place = next(each for each in (self._storage.root, *self._storage.root.parents) if each.is_dir())
-        path, block = place / f".check-{os.getpid()}", os.urandom(1024**2)
-        try:
-            started = time.monotonic()
-            with path.open("wb") as file:
-                for _ in range(WRITTEN_BYTES // len(block)):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-                written_s = time.monotonic() - started
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it is read from memory
-            started = time.monotonic()
-            is_whole = path.stat().st_size == WRITTEN_BYTES and path.read_bytes().endswith(block)
-            read_s = time.monotonic() - started
-        except OSError as error:
+        """Writes, reads and deletes a file where studies lie; a disk that hangs is not waited for."""
+        found: list[tuple[float, float] | OSError] = []
+
+        def look() -> None:
+            try:
+                found.append(_speeds(self._storage.root))
+            except OSError as error:
+                found.append(error)
+
+        looking = Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(STORAGE_S)
+        speeds = found[0] if found else TimeoutError(f"{WRITTEN_BYTES / 1e6:.0f} MB took more than {STORAGE_S:.0f} s")
+        if isinstance(speeds, OSError):
             expected = "a disk with room, or another --storage DIR"
-            raise CommandError(Problem("--storage", "takes and gives back a file", str(error), expected)) from error
-        finally:
-            path.unlink(missing_ok=True)
-        if not is_whole:
-            raise CommandError(Problem("--storage", "gives back what it took", "another content", "another disk"))
-        self._bytes_s = WRITTEN_BYTES / written_s
-        speeds = f"writes {self._bytes_s / 1e6:.0f} MB/s, synced, reads {WRITTEN_BYTES / read_s / 1e6:.0f} MB/s"
-        return f"{self._storage.root}: {speeds}, {self._storage.free_bytes() / GIB:.3g} GiB free"
+            raise CommandError(Problem("--storage", "takes and gives back a file", str(speeds), expected)) from speeds
+        self._bytes_s = speeds[0]
+        told = f"writes {speeds[0] / 1e6:.0f} MB/s, synced, reads {speeds[1] / 1e6:.0f} MB/s"
+        return f"{self._storage.root}: {told}, {self._storage.free_bytes() / GIB:.3g} GiB free"
 
     def _resources(self, check: Check) -> Check:
         """Adds how many fit now; where none does and no autoscaler is there, waiting would not end."""
@@ -195,6 +196,27 @@ class _Doctor:
             "data": spec.data.model_dump(mode="json") if spec.is_finetune and spec.data else None,
             "trainable": None if spec.is_finetune else spec.trainable,
         }
+
+
+def _speeds(root: Path) -> tuple[float, float]:
+    """Bytes a second that the disk of a folder, which need not be there yet, takes and gives back. OSError."""
+    place = next(each for each in (root, *root.parents) if each.is_dir())
+    path, block = place / f".check-{os.getpid()}", os.urandom(1024**2)
+    try:
+        started = time.monotonic()
+        with path.open("wb") as file:
+            for _ in range(WRITTEN_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            written_s = time.monotonic() - started
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it is read from memory
+        started = time.monotonic()
+        if path.read_bytes() != block * (WRITTEN_BYTES // len(block)):
+            raise OSError("it gave back another content")
+        return WRITTEN_BYTES / written_s, WRITTEN_BYTES / (time.monotonic() - started)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _free() -> Any:

@@ -96,8 +96,7 @@ def _step(
     micro = f", micro_batch_size {sizes.micro_batch_size}" if sizes.micro_batch_size else ""
     told = f"{found['step_s']:.3g} s with batch_size {sizes.batch_size}, max_length {sizes.max_length}{micro}"
     yield Check("step", True, f"{told} and the longest rows there are; {found['parameters']:.3g} parameters")
-    ranks_per_node = max((kind.ranks(spec.resources) for kind in room.alive), default=1)
-    yield diagnosis.memory(spec, found, nodes, ranks_per_node)
+    yield diagnosis.memory(spec, found, nodes)
     has_room, storage_bytes_s = checkpoints(int(BYTES_PER_PARAMETER * found["parameters"]))
     yield has_room
     if not storage_bytes_s:
@@ -105,7 +104,7 @@ def _step(
         return
     at_once = room.fit(spec.resources, spec.budget.concurrent_trials)
     estimated = estimate(spec, found, at_once, storage_bytes_s)
-    yield too_long(spec, estimated) or Check(TRIED[-1], True, f"{estimated}; {at_once} trials at once")
+    yield too_long(spec, estimated) or Check(TRIED[-1], True, f"{estimated}; with {at_once} trials at once")
 
 
 def _failed(name: str, error: TrialError) -> Check:
