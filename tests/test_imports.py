@@ -63,6 +63,7 @@ LIGHT = (
     "tune_service.spec",
     "tune_service.machine",
     "tune_service.cli",
+    "tune_service.checkup",
     "tune_service.cluster_cli",
     "tune_service.cluster_init",
     "tune_service.remote",
