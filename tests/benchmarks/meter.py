@@ -1,0 +1,115 @@
+"""What a command and all that it started cost: CPU by kind of process, memory, over time."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+SAMPLE_S = 0.5
+PR_SET_CHILD_SUBREAPER = 36
+KINDS = {
+    # Tune wraps the supervisor's class, and a process has now this and now that name of it.
+    "ResourceTrai": "supervisors",
+    "TrialSupervisor": "supervisors",
+    "RankActor": "ranks",
+    "ray::": "idle workers",
+}
+"""Part of a command line -> kind. Whatever else is not the command itself is Ray's: raylet, GCS and their agents."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One moment of a command's life."""
+
+    at_s: float
+    """Since the command's start."""
+    cpu_s: Mapping[str, float]
+    """By kind of process, since the start."""
+    memory_bytes: int
+    """Of the command's own process."""
+    num_processes: int
+
+
+@dataclass
+class Cost:
+    """What a command cost."""
+
+    output: str
+    """Its standard output."""
+    status: int
+    began: float
+    """time.time() of its start."""
+    wall_s: float
+    cpu_s: float
+    """User and system, of all processes. What a process used in its last half second may be missing."""
+    samples: list[Sample] = field(default_factory=list)
+    most_bytes: int = 0
+    """Of all processes together, shared pages divided."""
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None, log: Path | None = None) -> Cost:
+    """Runs a command to its end. Its standard error goes to `log`."""
+    # What Ray's processes leave behind when they end stays in sight.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    began, began_at = time.monotonic(), time.time()
+    with (log or Path("/dev/null")).open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        meter = _Meter(process.pid, began)
+        meter.start()
+        output = process.communicate()[0]
+    wall_s = time.monotonic() - began
+    meter.join()
+    cpu_s = sum(meter.samples[-1].cpu_s.values()) if meter.samples else 0.0
+    return Cost(output, process.returncode, began_at, wall_s, cpu_s, meter.samples, meter.most_bytes)
+
+
+class _Meter(threading.Thread):
+    def __init__(self, pid: int, began: float) -> None:
+        super().__init__(daemon=True)
+        self._command, self._began = psutil.Process(pid), began
+        self._cpu_s: dict[tuple[int, float], tuple[str, float]] = {}
+        self.samples: list[Sample] = []
+        self.most_bytes = 0
+
+    def run(self) -> None:
+        with suppress(psutil.Error):
+            while self._command.is_running() and self._command.status() != psutil.STATUS_ZOMBIE:
+                self._look()
+                time.sleep(SAMPLE_S)
+
+    def _look(self) -> None:
+        processes = [self._command, *self._command.children(recursive=True)]
+        for process in processes:
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                kind = "command" if process == self._command else kind_of(process)  # an idle worker becomes a rank
+                self._cpu_s[process.pid, process.create_time()] = kind, times.user + times.system
+        total: Counter[str] = Counter()
+        for kind, seconds in self._cpu_s.values():
+            total[kind] += seconds  # type: ignore[assignment]
+        at_s = time.monotonic() - self._began
+        memory = self._command.memory_info().rss
+        if len(self.samples) % 20 == 0:  # reading shared pages takes long
+            self.most_bytes = max(self.most_bytes, sum(map(_pss_of, processes)))
+        self.samples.append(Sample(at_s, dict(total), memory, len(processes)))
+
+
+def kind_of(process: psutil.Process) -> str:
+    command = " ".join(process.cmdline())
+    return next((kind for part, kind in KINDS.items() if part in command), "ray")
+
+
+def _pss_of(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0
