@@ -29,7 +29,8 @@ import meter
 import pyarrow.parquet as pq
 import yaml
 from machine import show
-from peers_study import CPU_ROWS, Ran, Study, noted, of_product
+from peers_study import CPU_ROWS, Ran, Study, noted
+from record_times import trial_times
 
 HERE = Path(__file__).parent
 PRODUCT = "tune-service"
@@ -52,7 +53,11 @@ def run(name: str, study: Study, log: Path) -> tuple[dict[str, Any], list[Ran]]:
     if not study.gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     cost = meter.run(command, environment, log)
-    trials = of_product(json.loads(cost.output)) if name == PRODUCT else noted(study)
+    trials = (
+        of_product(json.loads(cost.output), Path(study.folder) / "peers" / "record.journal")
+        if name == PRODUCT
+        else noted(study)
+    )
     if cost.status or len(trials) != study.trials:
         raise SystemExit(
             f"{name}: exit {cost.status}, {len(trials)} of {study.trials} trials\n{log.read_text()[-4000:]}"
@@ -71,6 +76,26 @@ def run(name: str, study: Study, log: Path) -> tuple[dict[str, Any], list[Ran]]:
         "overhead_after_first_step": round((cost.wall_s - first_step_s) / ideal_s, 2),
         "all_processes_mb": round(cost.most_bytes / 1024**2),
     }, sorted(trials, key=lambda trial: (trial.learning_rate, trial.weight_decay))
+
+
+def of_product(status: dict[str, Any], record: Path) -> list[Ran]:
+    """The trials of `tune-service run --json`."""
+    times = trial_times(record)
+    ran = []
+    for trial in status["trials"]:
+        metrics = [report["metrics"] for report in trial["reports"]]
+        last = metrics[-1]
+        ran.append(
+            Ran(
+                **trial["params"],
+                ended=times[trial["number"]][1],
+                epoch_s=[each["epoch_s"] for each in metrics],
+                accuracy=last["eval_accuracy"],
+                eval_loss=last["eval_loss"],
+                train_loss=last["train_loss"],
+            )
+        )
+    return ran
 
 
 def concurrent_of(name: str, study: Study) -> int:

@@ -1,4 +1,4 @@
-"""The one study that the product and its peers run: given configurations, each with all its epochs, on the same rows."""
+"""The one study of the product and its peers: given configurations, each with all its epochs, on the same rows."""
 
 from __future__ import annotations
 
@@ -97,24 +97,3 @@ class Ran:
 def noted(study: Study) -> list[Ran]:
     file = Path(study.folder) / "trials.jsonl"
     return [Ran(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def of_product(status: dict[str, Any]) -> list[Ran]:
-    """The trials of `tune-service run --json`."""
-    from datetime import datetime
-
-    ran = []
-    for trial in status["trials"]:
-        metrics = [report["metrics"] for report in trial["reports"]]
-        last = metrics[-1]
-        ran.append(
-            Ran(
-                **trial["params"],
-                ended=datetime.fromisoformat(trial["ended_at"]).timestamp(),
-                epoch_s=[each["epoch_s"] for each in metrics],
-                accuracy=last["eval_accuracy"],
-                eval_loss=last["eval_loss"],
-                train_loss=last["train_loss"],
-            )
-        )
-    return ran
