@@ -70,6 +70,7 @@ def measure(trials: int, concurrent: int, epoch_s: float) -> dict[str, Any]:
         "first_start_after_s": round(starts[0], 1),
         **_phases(cost, times, concurrent, epoch_s),
         "cpu_s": _rounded(cpu_s),
+        "processes_started": cost.num_started,
         "driver_cpu_ms_a_trial": round(1000 * cpu_s["command"] / trials, 1),
         "driver_kb_a_trial": _kb_per_trial(cost, ends),
         "driver_mb_at_end": round(cost.samples[-1].memory_bytes / 1024**2),

@@ -21,9 +21,17 @@ KINDS = {
     "ResourceTrai": "supervisors",
     "TrialSupervisor": "supervisors",
     "RankActor": "ranks",
+    "ray::DashboardAgent": "agents",
+    "ray::RuntimeEnvAgent": "agents",
     "ray::": "idle workers",
+    "_worker.py": "idle workers",  # one that has no name yet
+    "raylet/raylet": "raylet",
+    "gcs_server": "gcs",
+    "log_monitor": "log monitor",
+    "dashboard": "dashboard",
+    "autoscaler": "autoscaler",
 }
-"""Part of a command line -> kind. Whatever else is not the command itself is Ray's: raylet, GCS and their agents."""
+"""Part of a command line -> kind, the first one that is found; what is none of them is `other`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Cost:
     samples: list[Sample] = field(default_factory=list)
     most_bytes: int = 0
     """Of all processes together, shared pages divided."""
+    num_started: Mapping[str, int] = field(default_factory=dict)
+    """Processes that there ever were, by kind."""
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None, log: Path | None = None) -> Cost:
@@ -69,7 +79,7 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None, lo
     wall_s = time.monotonic() - began
     meter.join()
     cpu_s = sum(meter.samples[-1].cpu_s.values()) if meter.samples else 0.0
-    return Cost(output, process.returncode, began_at, wall_s, cpu_s, meter.samples, meter.most_bytes)
+    return Cost(output, process.returncode, began_at, wall_s, cpu_s, meter.samples, meter.most_bytes, meter.num_started)
 
 
 class _Meter(threading.Thread):
@@ -85,6 +95,10 @@ class _Meter(threading.Thread):
             while self._command.is_running() and self._command.status() != psutil.STATUS_ZOMBIE:
                 self._look()
                 time.sleep(SAMPLE_S)
+
+    @property
+    def num_started(self) -> dict[str, int]:
+        return dict(Counter(kind for kind, _ in self._cpu_s.values()))
 
     def _look(self) -> None:
         processes = [self._command, *self._command.children(recursive=True)]
@@ -105,7 +119,7 @@ class _Meter(threading.Thread):
 
 def kind_of(process: psutil.Process) -> str:
     command = " ".join(process.cmdline())
-    return next((kind for part, kind in KINDS.items() if part in command), "ray")
+    return next((kind for part, kind in KINDS.items() if part in command), "other")
 
 
 def _pss_of(process: psutil.Process) -> int:
