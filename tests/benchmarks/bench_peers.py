@@ -58,10 +58,10 @@ def run(name: str, study: Study, log: Path) -> tuple[dict[str, Any], list[Ran]]:
         if name == PRODUCT
         else noted(study)
     )
-    if cost.status or len(trials) != study.trials:
-        raise SystemExit(
-            f"{name}: exit {cost.status}, {len(trials)} of {study.trials} trials\n{log.read_text()[-4000:]}"
-        )
+    whole = [len(trial.epoch_s) for trial in trials] == [study.epochs] * study.trials
+    if cost.status or not whole:
+        found = f"exit {cost.status}, epochs of its trials: {[len(trial.epoch_s) for trial in trials]}"
+        raise SystemExit(f"bench_peers: {name}: {found}\n{log.read_text()[-4000:]}")
     epochs = [epoch_s for trial in trials for epoch_s in trial.epoch_s]
     steady_s = statistics.median([epoch_s for trial in trials for epoch_s in trial.epoch_s[1:]] or epochs)
     ideal_s = steady_s * len(epochs) / concurrent_of(name, study)

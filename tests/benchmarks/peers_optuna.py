@@ -21,4 +21,5 @@ if __name__ == "__main__":
         direction="maximize",
         n_trials=study.trials,
         sampler=optuna.samplers.GridSampler(study.grid),
+        pruner=optuna.pruners.NopPruner(),  # else the default one stops trials
     )
