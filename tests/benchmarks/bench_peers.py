@@ -4,10 +4,13 @@
     TUNE_SERVICE_TEST_DATA=DATA python tests/benchmarks/bench_peers.py --gpu
 
 DATA holds gpt2-tokenizer/ and glue/mrpc. On a CPU: a GPT-2 of 2 layers from scratch on the first 1,024 rows of MRPC,
-fp32, one thread a trial. With --gpu: GPT-2 124M from random weights on all of MRPC, bf16, 16 trials of 3 epochs. The
-peers: Ray Tune with Hugging Face's Trainer as documented, the same with its best settings, and Optuna with the Trainer
-in one process on all cores. All get the same token ids, first weights, batch, learning rates and schedule, and write a
-checkpoint (model, optimizer, random state) each epoch; ours alone is hashed, and synced to the disk.
+fp32, one thread a trial. With --gpu: GPT-2 124M from random weights on all of MRPC, bf16, 16 trials of 3 epochs (the
+Trainer evaluates in bf16 too, the product in fp32).
+
+tune-documented is `Trainer.hyperparameter_search(backend="ray")` as documented, tune-best a Trainer in a Tune function
+with its best settings, optuna `hyperparameter_search(backend="optuna")` in one process on all cores. All get the same
+token ids, first weights, batch, learning rates and schedule, and write a checkpoint (model, optimizer, random state)
+each epoch; ours alone is hashed, and synced to the disk.
 
 Makespan: the whole command, from its start to its exit. Steady epoch: the median of a contender's epochs (training and
 evaluation) but for each trial's first. Ideal: all epochs at that pace, as many at a time as the contender runs.
@@ -36,9 +39,9 @@ HERE = Path(__file__).parent
 PRODUCT = "tune-service"
 CONTENDERS = {
     PRODUCT: ["-m", "tune_service.cli", "run", "SPEC", "--json", "--storage", "FOLDER"],
-    "ray tune + trainer, documented": [str(HERE / "peers_tune.py"), "documented", "STUDY"],
-    "ray tune + trainer, best settings": [str(HERE / "peers_tune.py"), "best", "STUDY"],
-    "optuna + trainer, one process": [str(HERE / "peers_optuna.py"), "STUDY"],
+    "tune-documented": [str(HERE / "peers_tune.py"), "documented", "STUDY"],
+    "tune-best": [str(HERE / "peers_tune.py"), "best", "STUDY"],
+    "optuna": [str(HERE / "peers_optuna.py"), "STUDY"],
 }
 ACCURACY_NOISE, LOSS_NOISE = 0.03, 0.05
 """How far a contender's mean over the trials may be from the product's: the rows come in another order."""
@@ -99,7 +102,7 @@ def of_product(status: dict[str, Any], record: Path) -> list[Ran]:
 
 
 def concurrent_of(name: str, study: Study) -> int:
-    if name.startswith("optuna") or (study.gpu and "documented" in name):
+    if name == "optuna" or (study.gpu and name == "tune-documented"):
         return 1  # a Trainer's default is a whole GPU
     return study.concurrent
 
@@ -141,7 +144,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, help="2, on a GPU 3")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--concurrent", type=int, help="trials at a time: one a core, on a GPU 4")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--keep-logs", type=Path, help="folder for what the contenders print")
     options = parser.parse_args()
     if "TUNE_SERVICE_TEST_DATA" not in os.environ:
@@ -166,7 +169,7 @@ if __name__ == "__main__":
                     gpu=options.gpu,
                     concurrent=options.concurrent or (4 if options.gpu else len(os.sched_getaffinity(0))),
                 )
-                log = logs / f"{name.replace(' ', '-')}.log"
+                log = logs / f"{name}.log"
                 results[name], ran[name] = run(name, study, log)
             print(json.dumps({name: results[name]}), file=sys.stderr, flush=True)
     if PRODUCT in results:
