@@ -147,6 +147,8 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--keep-logs", type=Path, help="folder for what the contenders print")
     options = parser.parse_args()
+    if (options.trials or 0) % 2:
+        parser.error(f"--trials is an even number, half of them with each weight decay, but got {options.trials}")
     if "TUNE_SERVICE_TEST_DATA" not in os.environ:
         raise SystemExit("bench_peers: TUNE_SERVICE_TEST_DATA names no folder with gpt2-tokenizer/ and glue/mrpc")
     if options.gpu and subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode:
