@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any
 import meter
 import pyarrow.parquet as pq
 import yaml
-from machine import show
+from machine import has_gpu, show
 from peers_study import CPU_ROWS, Ran, Study, noted
 from record_times import trial_times
 
@@ -151,7 +150,7 @@ if __name__ == "__main__":
         parser.error(f"--trials is an even number, half of them with each weight decay, but got {options.trials}")
     if "TUNE_SERVICE_TEST_DATA" not in os.environ:
         raise SystemExit("bench_peers: TUNE_SERVICE_TEST_DATA names no folder with gpt2-tokenizer/ and glue/mrpc")
-    if options.gpu and subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode:
+    if options.gpu and not has_gpu():
         raise SystemExit("bench_peers: no GPU here, nothing measured")
     results: dict[str, dict[str, Any]] = {}
     ran: dict[str, list[Ran]] = {}
