@@ -6,8 +6,8 @@
 
 A study for each pair of the two lists; a pair with more trials at a time than trials is left out. A trial is 2 epochs
 that wait. Ideal is what the trials wait, as many at a time as run. What a study pays once is told apart from what it
-pays for each trial: `start` is from the first trial's start until every slot has ended one, less that one's waiting;
-`steady` is from there to the last trial's end. Memory is the driver's, from its 50th ended trial on; CPU is the whole
+pays for each trial: `start` is from the moment when the first trial was handed out until every slot has begun one,
+`steady` from there to the last trial's end. Memory is the driver's, from its 50th ended trial on; CPU is the whole
 command's, Ray's start included, by process.
 """
 
@@ -30,11 +30,11 @@ EPOCHS = 2
 WARM_TRIALS = 50
 
 
-def spec(trials: int, concurrent: int, epoch_s: float) -> dict[str, Any]:
+def spec(trials: int, concurrent: int, epoch_s: float, log: Path) -> dict[str, Any]:
     return {
         "name": "growth",
         "trainable": "waiting:train",
-        "training": {"max_epochs": EPOCHS, "epoch_s": epoch_s},
+        "training": {"max_epochs": EPOCHS, "epoch_s": epoch_s, "log": str(log)},
         "search_space": {"x": {"uniform": [0.0, 1.0]}, "y": {"log_uniform": [1e-5, 1e-1]}},
         "objective": {"metric": "score", "mode": "max"},
         "scheduler": {"name": "none"},
@@ -45,13 +45,14 @@ def spec(trials: int, concurrent: int, epoch_s: float) -> dict[str, Any]:
 
 def measure(trials: int, concurrent: int, epoch_s: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "spec.yaml"
-        file.write_text(yaml.safe_dump(spec(trials, concurrent, epoch_s)))
+        file, log = Path(temporary) / "spec.yaml", Path(temporary) / "begun.log"
+        file.write_text(yaml.safe_dump(spec(trials, concurrent, epoch_s, log)))
         (Path(temporary) / "waiting.py").write_text((Path(__file__).parent / "waiting.py").read_text())
         command = [sys.executable, "-m", "tune_service.cli", "run", str(file), "--storage", temporary, "--json"]
         cost = meter.run(command)
         record = Path(temporary) / "growth" / "record.journal"
         record_bytes = record.stat().st_size
+        begun = _begun(log, cost.began)
         times = [(start - cost.began, end - cost.began) for start, end in trial_times(record)]
     ran = json.loads(cost.output)["trials"]
     starts, ends = (sorted(moments) for moments in zip(*times, strict=True))
@@ -68,7 +69,7 @@ def measure(trials: int, concurrent: int, epoch_s: float) -> dict[str, Any]:
         "seconds_a_trial": round(took_s / trials, 4),
         "whole_command_s": round(cost.wall_s, 1),
         "first_start_after_s": round(starts[0], 1),
-        **_phases(cost, times, concurrent, epoch_s),
+        **_phases(cost, times, begun, concurrent, epoch_s),
         "cpu_s": _rounded(cpu_s),
         "processes_started": cost.num_started,
         "driver_cpu_ms_a_trial": round(1000 * cpu_s["command"] / trials, 1),
@@ -80,27 +81,45 @@ def measure(trials: int, concurrent: int, epoch_s: float) -> dict[str, Any]:
     }
 
 
-def _phases(cost: meter.Cost, times: list[tuple[float, float]], concurrent: int, epoch_s: float) -> dict[str, Any]:
-    """What is paid once, until every slot has ended a trial, and what is paid from then on."""
-    starts, ends = zip(*times, strict=True)
-    warm = max(ends[:concurrent])  # the first ones by number have the slots
-    later = sum(end > warm for end in ends)
-    start_cpu_s = next((sample.cpu_s for sample in cost.samples if sample.at_s >= warm), cost.samples[-1].cpu_s)
-    found: dict[str, Any] = {
-        "start_s": round(warm - starts[0] - EPOCHS * epoch_s, 2),
+def _phases(
+    cost: meter.Cost, times: list[tuple[float, float]], begun: list[float], concurrent: int, epoch_s: float
+) -> dict[str, Any]:
+    """What is paid once, until every slot has begun a trial, and what is paid from then on.
+
+    `begun`: when each rank's process began its first trial, in order.
+    """
+    first = min(start for start, _ in times)
+    found: dict[str, Any] = {"slots": len(begun), "first_slot_after_s": round(begun[0] - first, 2)}
+    if len(begun) < concurrent:  # the study was over before
+        return found
+    ready = begun[concurrent - 1]
+    ended = sum(end <= ready for _, end in times)
+    start_cpu_s = next((sample.cpu_s for sample in cost.samples if sample.at_s >= ready), cost.samples[-1].cpu_s)
+    found |= {
+        "start_s": round(ready - first, 2),
+        "start_trials": ended,
         "start_cpu_s": _rounded(start_cpu_s),
     }
-    if later:
-        steady_s, ideal_s = max(ends) - warm, later * EPOCHS * epoch_s / concurrent
+    if later := len(times) - ended:
+        steady_s = max(end for _, end in times) - ready
+        ideal_s = later * EPOCHS * epoch_s / concurrent
         spent = {kind: seconds - start_cpu_s.get(kind, 0.0) for kind, seconds in cost.samples[-1].cpu_s.items()}
         found |= {
-            f"start_{concurrent + 1}_after_the_first_s": round(starts[concurrent] - starts[0], 2),
             "steady_trials": later,
             "steady_s_a_trial": round(steady_s / later, 4),
             "steady_over_ideal": round(steady_s / ideal_s, 3) if ideal_s else None,
             "steady_cpu_ms_a_trial": {kind: round(1000 * seconds / later, 1) for kind, seconds in spent.items()},
         }
     return found
+
+
+def _begun(log: Path, began: float) -> list[float]:
+    """When each process in the log of `waiting` began its first trial, in order."""
+    first: dict[str, float] = {}
+    for line in log.read_text().splitlines():
+        moment, pid = line.split()
+        first.setdefault(pid, float(moment) - began)
+    return sorted(first.values())
 
 
 def _rounded(cpu_s: Mapping[str, float]) -> dict[str, float]:

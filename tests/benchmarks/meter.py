@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+Key = tuple[int, float]
+"""Of a process: its pid and when it began, since pids come again."""
 SAMPLE_S = 0.5
 PR_SET_CHILD_SUBREAPER = 36
 KINDS = {
@@ -68,7 +70,7 @@ class Cost:
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None, log: Path | None = None) -> Cost:
     """Runs a command to its end. Its standard error goes to `log`."""
-    # What Ray's processes leave behind when they end stays in sight.
+    # What Ray's processes leave behind when they end becomes a child of this one, and stays in sight.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     began, began_at = time.monotonic(), time.time()
     with (log or Path("/dev/null")).open("w") as errors:
@@ -78,16 +80,18 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None, lo
         output = process.communicate()[0]
     wall_s = time.monotonic() - began
     meter.join()
-    cpu_s = sum(meter.samples[-1].cpu_s.values()) if meter.samples else 0.0
-    return Cost(output, process.returncode, began_at, wall_s, cpu_s, meter.samples, meter.most_bytes, meter.num_started)
+    samples = meter.samples()
+    cpu_s = sum(samples[-1].cpu_s.values()) if samples else 0.0
+    return Cost(output, process.returncode, began_at, wall_s, cpu_s, samples, meter.most_bytes, meter.num_started())
 
 
 class _Meter(threading.Thread):
     def __init__(self, pid: int, began: float) -> None:
         super().__init__(daemon=True)
         self._command, self._began = psutil.Process(pid), began
-        self._cpu_s: dict[tuple[int, float], tuple[str, float]] = {}
-        self.samples: list[Sample] = []
+        self._kinds: dict[Key, str] = {}
+        self._cpu_s: dict[Key, float] = {}
+        self._looks: list[tuple[float, dict[Key, float], int, int]] = []
         self.most_bytes = 0
 
     def run(self) -> None:
@@ -96,29 +100,34 @@ class _Meter(threading.Thread):
                 self._look()
                 time.sleep(SAMPLE_S)
 
-    @property
+    def samples(self) -> list[Sample]:
+        """A process counts as what it became in the end: an idle worker becomes a rank."""
+        found = []
+        for at_s, cpu_s, memory_bytes, num_processes in self._looks:
+            total: Counter[str] = Counter()
+            for key, seconds in cpu_s.items():
+                total[self._kinds[key]] += seconds  # type: ignore[assignment]
+            found.append(Sample(at_s, dict(total), memory_bytes, num_processes))
+        return found
+
     def num_started(self) -> dict[str, int]:
-        return dict(Counter(kind for kind, _ in self._cpu_s.values()))
+        return dict(Counter(self._kinds.values()))
 
     def _look(self) -> None:
-        processes = [self._command, *self._command.children(recursive=True)]
+        processes = psutil.Process().children(recursive=True)
         for process in processes:
             with suppress(psutil.Error):
-                times = process.cpu_times()
-                kind = "command" if process == self._command else kind_of(process)  # an idle worker becomes a rank
-                self._cpu_s[process.pid, process.create_time()] = kind, times.user + times.system
-        total: Counter[str] = Counter()
-        for kind, seconds in self._cpu_s.values():
-            total[kind] += seconds  # type: ignore[assignment]
-        at_s = time.monotonic() - self._began
-        memory = self._command.memory_info().rss
-        if len(self.samples) % 20 == 0:  # reading shared pages takes long
+                key, times, command = (process.pid, process.create_time()), process.cpu_times(), process.cmdline()
+                self._cpu_s[key] = times.user + times.system
+                if any(command) or key not in self._kinds:  # one that has ended and waits to be seen has no name
+                    self._kinds[key] = "command" if process == self._command else kind_of(" ".join(command))
+        at_s, memory_bytes = time.monotonic() - self._began, self._command.memory_info().rss
+        if len(self._looks) % 20 == 0:  # reading shared pages takes long
             self.most_bytes = max(self.most_bytes, sum(map(_pss_of, processes)))
-        self.samples.append(Sample(at_s, dict(total), memory, len(processes)))
+        self._looks.append((at_s, dict(self._cpu_s), memory_bytes, len(processes)))
 
 
-def kind_of(process: psutil.Process) -> str:
-    command = " ".join(process.cmdline())
+def kind_of(command: str) -> str:
     return next((kind for part, kind in KINDS.items() if part in command), "other")
 
 
