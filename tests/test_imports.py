@@ -23,6 +23,7 @@ FORBIDDEN = {
 
 ONLY_IN = {
     "colossalai": {"trainables/parallel.py"},
+    "grpc": {"tune_service/node_look.py"},
     "boto3": {"tune_service/cluster_firewall.py"},
     "botocore": {"tune_service/cluster_firewall.py", "tune_service/cluster_keys.py"},
     "psycopg": set(),
@@ -35,6 +36,8 @@ ONLY_IN = {
         "tune_service/autoscaler.py",
         "tune_service/cluster_check.py",
         "tune_service/cluster_ray.py",
+        "tune_service/doctor.py",
+        "tune_service/doctor_nodes.py",
         "tune_service/local_ray.py",
         "tune_service/metrics.py",
         "tune_service/tuner.py",
@@ -45,6 +48,7 @@ ONLY_IN = {
         "trainables/model.py",
         "trainables/optimizer.py",
         "trainables/parallel.py",
+        "trainables/probe.py",
         "trainables/score.py",
         "trainables/steps.py",
     },
@@ -61,11 +65,13 @@ LIGHT = (
     "tune_service.spec",
     "tune_service.machine",
     "tune_service.cli",
+    "tune_service.checkup",
     "tune_service.cluster_cli",
     "tune_service.cluster_init",
     "tune_service.record",
     "tune_service.remote",
     "tune_service.submit",
+    "tune_service.views",
 )
 """Modules that load neither torch nor ray, nor a database's libraries: a spec is checked, and a command answers,
 before anything heavy loads."""
