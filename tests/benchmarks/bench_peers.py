@@ -14,8 +14,8 @@ each epoch; ours alone is hashed, and synced to the disk.
 
 Makespan: the whole command, from its start to its exit. Steady epoch: the median of a contender's epochs (training and
 evaluation) but for each trial's first. Ideal: all epochs at that pace, as many at a time as the contender runs. Wants
-a quiet machine: each thread of optuna's waits for the slower one, and where other work has a core its epochs took 6 to
-20 times as long. `others_cores` says what other work took.
+a quiet machine: optuna's threads wait for each other, and beside other work its epochs took up to 20 times as long.
+`others_cores` says what other work took of the machine.
 """
 
 from __future__ import annotations
