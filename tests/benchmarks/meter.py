@@ -19,6 +19,7 @@ Key = tuple[int, float]
 SAMPLE_S = 0.5
 PR_SET_CHILD_SUBREAPER = 36
 KINDS = {
+    "raylet/raylet": "raylet",  # its own command line names those of the workers that it starts
     # Tune wraps the supervisor's class, and a process has now this and now that name of it.
     "ResourceTrai": "supervisors",
     "TrialSupervisor": "supervisors",
@@ -27,7 +28,6 @@ KINDS = {
     "ray::RuntimeEnvAgent": "agents",
     "ray::": "idle workers",
     "_worker.py": "idle workers",  # one that has no name yet
-    "raylet/raylet": "raylet",
     "gcs_server": "gcs",
     "log_monitor": "log monitor",
     "dashboard": "dashboard",
