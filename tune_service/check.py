@@ -61,6 +61,8 @@ def run_checks(spec: StudySpec, storage: Storage, room: Room) -> list[Check]:
         checks.append(looked_at("model", lambda: _raised(check_model_files(model)) or model.name))
     if spec.is_finetune and data is not None:
         checks.append(looked_at("data", lambda: _describe(_texts(data))))
+    if (url := spec.record) is not None:
+        checks.append(looked_at("record", lambda: _record(url)))
     if spec.is_finetune and model is not None:
         checks.append(looked_at("checkpoints", lambda: room_for_checkpoints(spec, storage, least_bytes(spec))))
     return checks
@@ -99,6 +101,12 @@ def _raised(problems: Sequence[Problem]) -> str:
 def _storage(storage: Storage) -> str:
     storage.check_writable()
     return f"{storage.root} can be written"
+
+
+def _record(url: str) -> str:
+    from tune_service.database import look  # SQLAlchemy loads only where it is needed
+
+    return look(url)
 
 
 def _resources(spec: StudySpec, room: Room) -> str:

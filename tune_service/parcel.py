@@ -17,6 +17,7 @@ from trainables.errors import Problem
 from tune_service.dashboard import MAX_PACKAGE_BYTES
 from tune_service.errors import SpecError
 from tune_service.spec import StudySpec
+from tune_service.storage import RECORDS
 
 _OWN = ".tune-service"
 _OWN_PACKAGES = ("search_spaces", "trainables", "tune_service")
@@ -121,8 +122,12 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if path.is_file():
             yield path
-        elif path.is_dir() and not (path / "pyvenv.cfg").exists() and not any(path.glob("*/record.journal")):
+        elif path.is_dir() and not (path / "pyvenv.cfg").exists() and not _is_storage(path):
             yield from _walk(path)
+
+
+def _is_storage(folder: Path) -> bool:
+    return any(True for name in RECORDS for _ in folder.glob(f"*/{name}"))
 
 
 def _check_size(key: str, folder: Path, files: dict[str, Path]) -> None:

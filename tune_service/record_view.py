@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -13,7 +13,6 @@ from optuna.trial import TrialState as OptunaState
 from trainables.checkpoint import verify
 from trainables.errors import Problem
 from tune_service.errors import StorageError
-from tune_service.journal import Journal
 from tune_service.status import (
     BestTrial,
     CheckpointStatus,
@@ -29,6 +28,10 @@ from tune_service.status import (
 )
 from tune_service.storage import StudyFolder
 
+if TYPE_CHECKING:
+    from tune_service.journal import Journal
+    from tune_service.postgres import Database
+
 REPORT = "report:"
 """What the names of the attributes begin with that hold an epoch's metrics; the epoch follows."""
 _STATES: dict[OptunaState, TrialState] = {
@@ -41,7 +44,7 @@ _STATES: dict[OptunaState, TrialState] = {
 class RecordView:
     """The record of one study, to be looked at."""
 
-    def __init__(self, folder: StudyFolder, study: optuna.Study, storage: Journal) -> None:
+    def __init__(self, folder: StudyFolder, study: optuna.Study, storage: Journal | Database) -> None:
         self.folder = folder
         self._study = study
         self._storage = storage
@@ -95,7 +98,7 @@ class RecordView:
 
         Costs next to nothing for those that are: a display looks at 10,000 trials twice a second.
         """
-        # Optuna puts a new object in a trial's place with every change of it.
+        # Optuna, and our Database, put a new object in a trial's place with every change of it.
         now, alive = self._trials(), self.folder.driver_is_alive()
         news = [trial for number, trial in enumerate(now) if number >= len(since) or trial is not since[number]]
         return [self._status(trial, alive, []) for trial in news], now
@@ -205,5 +208,5 @@ def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
 
 def unreadable(folder: StudyFolder, why: str) -> StorageError:
     """The error of a record that is not what this version writes."""
-    found = f"{folder.journal}: {why}"
+    found = f"{folder.pointer if folder.pointer.exists() else folder.journal}: {why}"
     return StorageError(Problem(folder.name, "has a record that can be read", found[:1000], "a whole record"))

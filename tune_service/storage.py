@@ -14,6 +14,9 @@ from trainables.errors import Problem
 from tune_service.errors import OutputNotEmptyError, StorageError, StudyExistsError, StudyNotFoundError
 from tune_service.lease import Lease, is_held, taken
 
+RECORDS = ("record.journal", "record.json")
+"""A folder with one of these is a study: the record itself, or where it is."""
+
 
 class StudyFolder:
     """The folder of one study, `STORAGE/NAME/`."""
@@ -21,7 +24,8 @@ class StudyFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
-        self.journal = path / "record.journal"
+        self.journal, self.pointer = (path / name for name in RECORDS)
+        """Where the record lies that is in a database; the study has no journal then."""
         self.journal_lock = path / "record.lock"
         self.driver_lock = path / "driver.lock"
         self.driver_log = path / "driver.log"
@@ -59,8 +63,8 @@ class Storage:
 
     def studies(self) -> list[StudyFolder]:
         """All studies, by name."""
-        found = (path.parent for path in sorted(self.root.glob("*/record.journal")))
-        return [StudyFolder(path) for path in found if not path.name.startswith(".")]
+        found = {path.parent for name in RECORDS for path in self.root.glob(f"*/{name}")}
+        return [StudyFolder(path) for path in sorted(found) if not path.name.startswith(".")]
 
     def study(self, name: str) -> StudyFolder:
         """An existing study. StudyNotFoundError otherwise."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tune_service.errors import StorageError
+from tune_service.errors import RecordUnavailableError, StorageError
 from tune_service.status import BestTrial, Display, StudyState, StudyStatus, StudyView
 from tune_service.storage import Storage
 
@@ -80,7 +80,7 @@ class LocalStudies:
         for folder in self._storage.studies():
             try:
                 found = Record.open(folder).status()
-            except StorageError as error:  # one broken record hides no other study
+            except (StorageError, RecordUnavailableError) as error:  # one broken record hides no other study
                 print(f"left out {error}", file=sys.stderr)
                 continue
             yield StudyRow(found.study, found.state, len(found.trials), found.best, found.objective.metric)

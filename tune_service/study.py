@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import (
     CommandError,
     LeaseLostError,
+    RecordUnavailableError,
     SpecError,
     StorageError,
     StudyHaltedError,
@@ -23,7 +24,7 @@ from tune_service.errors import (
 )
 from tune_service.lease import Lease
 from tune_service.place import Place
-from tune_service.record import Record, direction_of
+from tune_service.record import Record, direction_of, erase_record
 from tune_service.searcher import StudySampler
 from tune_service.spec import StudySpec, parse_spec
 from tune_service.status import Display, StudyStatus
@@ -62,6 +63,8 @@ def _whole_or_absent(folder: StudyFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        with suppress(RecordUnavailableError, StorageError):
+            erase_record(folder)
         shutil.rmtree(folder.path, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
@@ -119,6 +122,7 @@ def delete_study(name: str, storage: Storage) -> int:
             Problem("STUDY", "a running study is not deleted", found, f"`tune-service stop {name}`")
         )
     with folder.driving():
+        erase_record(folder)
         return remove(folder)
 
 
@@ -160,6 +164,9 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
             reason = "the study failed"
     except BaseException as error:
         lease.check()
+        away = _record_away(error)
+        if away is not None:
+            raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
         reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {what}"
         if isinstance(error, StorageUnavailableError) or storage_is_away(error):
@@ -167,6 +174,14 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
         raise
     finally:
         _put_in_line(record, reason, display)
+
+
+def _record_away(error: BaseException) -> RecordUnavailableError | None:
+    """What Tune made an error of its own of, when it was that the record's database is away."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, RecordUnavailableError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _abort_of(name: str, place: Place, display: Display) -> Callable[[str], None]:
@@ -183,7 +198,12 @@ def _put_in_line(record: Record, reason: str, display: Display) -> None:
     """Trials without an end wait for `resume`. Where the record cannot say so, it is true all the same."""
     try:
         record.pause_all(reason)
-    except (OSError, StorageError, LeaseLostError):  # what went wrong before is what is to be told
+    except (
+        OSError,
+        StorageError,
+        RecordUnavailableError,
+        LeaseLostError,
+    ):  # what went wrong before is what is to be told
         return
     display.show(record)
 
