@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from trainables.checkpoint import GIB
 from trainables.config import DataConfig
 from trainables.data import TextData, read_texts
 from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
 from trainables.model_files import check_model_files
+from trainables.stores import GIB
 from tune_service.kept import least_bytes
 from tune_service.place import Room
 from tune_service.spec import StudySpec
