@@ -225,12 +225,12 @@ def filesystem(kind: str, /, **options: Any) -> FileSystem:
     if endpoint and "endpoint_override" not in options:
         parts = urlsplit(endpoint)
         options = {"endpoint_override": parts.netloc, "scheme": parts.scheme} | options
+    options["allow_delayed_open"] = True  # so that a small object is one request
     return fs.S3FileSystem(
         connect_timeout=CONNECT_S,
         request_timeout=SILENCE_S,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=TRIES),
         **options,
-        **{"allow_delayed_open": True},  # so that a small object is one request; pyarrow's stubs do not know it
     )
 
 

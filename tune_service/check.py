@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,10 +20,10 @@ from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
 from trainables.model_files import check_model_files
 from trainables.stores import GIB
+from tune_service.home import StudyStorage
 from tune_service.kept import least_bytes
 from tune_service.place import Room
 from tune_service.spec import StudySpec
-from tune_service.storage import Storage
 
 IMPORT_TIMEOUT_S = 120
 CHECKPOINTS_AT_ONCE = 4
@@ -42,7 +43,7 @@ class Check:
         return {key: value for key, value in asdict(self).items() if key != "problems"}
 
 
-def run_checks(spec: StudySpec, storage: Storage, room: Room) -> list[Check]:
+def run_checks(spec: StudySpec, storage: StudyStorage, room: Room) -> list[Check]:
     """Looks at all that a study of this spec needs. The name is not looked up: `check` serves existing studies too.
 
     What a half-read spec lacks, such as `data`, is passed over.
@@ -92,9 +93,9 @@ def _raised(problems: Sequence[Problem]) -> str:
     return ""
 
 
-def _storage(storage: Storage) -> str:
+def _storage(storage: StudyStorage) -> str:
     storage.check_writable()
-    return f"{storage.root} can be written"
+    return f"{storage.where} can be written"
 
 
 def _resources(spec: StudySpec, room: Room) -> str:
@@ -102,7 +103,7 @@ def _resources(spec: StudySpec, room: Room) -> str:
     return f"{room.offer()}: {room.fit(spec.resources, spec.budget.concurrent_trials)} trials at once"
 
 
-def _checkpoints(spec: StudySpec, storage: Storage) -> str:
+def _checkpoints(spec: StudySpec, storage: StudyStorage) -> str:
     """Whether the budget, and the disk, hold the checkpoints that must be there at one moment for one trial to run."""
     each = least_bytes(spec)
     needed, budget = CHECKPOINTS_AT_ONCE * each, spec.checkpoints.budget_bytes
@@ -115,9 +116,9 @@ def _checkpoints(spec: StudySpec, storage: Storage) -> str:
                 f"at least {1.01 * needed / GIB:.2g}",
             )
         )
-    free = storage.free_bytes()
+    free = shutil.disk_usage(storage.disk).free
     if needed > free:
-        found = f"{free / GIB:.2g} GiB are free at {storage.root}, {needed / GIB:.2g} are needed at least"
+        found = f"{free / GIB:.2g} GiB are free at {storage.disk}, {needed / GIB:.2g} are needed at least"
         raise UserError(
             Problem("--storage", "has room for the checkpoints of one trial", found, "another --storage DIR")
         )

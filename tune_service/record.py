@@ -21,16 +21,15 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from trainables.checkpoint import finite_or_none
-from trainables.errors import Problem
+from trainables.errors import BucketError, Problem
 from trainables.fault_points import fault_point
 from trainables.redaction import redacted
 from tune_service.errors import StorageError
-from tune_service.journal import Journal
+from tune_service.home import StudyHome
 from tune_service.lease import Lease
 from tune_service.record_view import REPORT, RecordView, unreadable
 from tune_service.searcher import suggest
 from tune_service.status import best_report, objective_value
-from tune_service.storage import StudyFolder
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -53,35 +52,33 @@ class Record(RecordView):
     """Reads and writes the record of one study."""
 
     @staticmethod
-    def create(
-        folder: StudyFolder, spec: Mapping[str, Any], sampler: BaseSampler, lease: Lease | None = None
-    ) -> Record:
+    def create(folder: StudyHome, spec: Mapping[str, Any], sampler: BaseSampler, lease: Lease | None = None) -> Record:
         """A new record. `spec` holds at least `objective`, `search_space` and `budget`, and is kept as it is.
 
-        It is written beside and renamed, so that no reader meets a record that says half of this.
+        No reader meets one that says half of this.
         """
-        unfinished = folder.journal.with_suffix(".new")
-        storage = Journal(unfinished, folder.journal_lock)
         direction = direction_of(spec["objective"]["mode"])
-        study = optuna.create_study(storage=storage, sampler=sampler, study_name=folder.name, direction=direction)
-        study.set_user_attr("format", FORMAT)
-        study.set_user_attr("created_at", _now())
-        study.set_user_attr("spec", dict(spec))
-        study.set_user_attr("budget_trials", spec["budget"]["trials"])
-        unfinished.replace(folder.journal)
+        with folder.new_journal(lease) as storage:
+            study = optuna.create_study(storage=storage, sampler=sampler, study_name=folder.name, direction=direction)
+            study.set_user_attr("format", FORMAT)
+            study.set_user_attr("created_at", _now())
+            study.set_user_attr("spec", dict(spec))
+            study.set_user_attr("budget_trials", spec["budget"]["trials"])
         return Record.open(folder, sampler, lease)
 
     @staticmethod
-    def open(folder: StudyFolder, sampler: BaseSampler | None = None, lease: Lease | None = None) -> Record:
+    def open(folder: StudyHome, sampler: BaseSampler | None = None, lease: Lease | None = None) -> Record:
         """The record of an existing study. StorageError when it cannot be read.
 
         A driver gives `sampler` and its `lease`: once that is lost, every write raises LeaseLostError.
         """
         try:
-            storage = Journal(folder.journal, folder.journal_lock, lease)
+            storage = folder.open_journal(lease)
             study = optuna.load_study(study_name=folder.name, storage=storage, sampler=sampler)
             version = int(study.user_attrs["format"])
             record = Record(folder, study, storage) if version <= FORMAT else None
+        except BucketError:
+            raise
         except Exception as error:  # what Optuna makes of a file that is not its own is anything
             raise unreadable(folder, f"{type(error).__name__}: {error}") from error
         if record is None:

@@ -1,22 +1,46 @@
-"""Where studies lie. The only file that joins their paths."""
+"""Studies in a folder. The only file that joins their paths."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from trainables.bucket import is_url
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import Problem
 from tune_service.errors import OutputNotEmptyError, StorageError, StudyExistsError, StudyNotFoundError
 from tune_service.lease import Lease, is_held, taken
+from tune_service.parcel import origins
+
+if TYPE_CHECKING:
+    from tune_service.journal import Journal
+
+
+@dataclass(frozen=True)
+class FileLog:
+    """A rank's log."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read(self, begin: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            return file.read()
 
 
 class StudyFolder:
     """The folder of one study, `STORAGE/NAME/`."""
+
+    poll_s = 0.5
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,38 +48,71 @@ class StudyFolder:
         self.journal = path / "record.journal"
         self.journal_lock = path / "record.lock"
         self.driver_lock = path / "driver.lock"
-        self.driver_log = path / "driver.log"
+        self._driver_log = path / "driver.log"
         self.logs = path / "logs"
-        self.shipped = path / "shipped"
-        """What a study of a cluster came with: the user's code and data."""
+        self._shipped = path / "shipped"
         self.checkpoints = CheckpointStore(path / "checkpoints")
+        self.where = str(path)
+        self.logs_where = str(self.logs)
 
-    def rank_logs(self, trial: int | None = None) -> list[Path]:
-        """What the ranks wrote, by trial and rank."""
-        return sorted(self.logs.glob("*.log" if trial is None else f"trial-{trial:05d}-*.log"))
+    def open_journal(self, lease: Lease | None = None) -> Journal:
+        from tune_service.journal import Journal
+
+        return Journal(self.journal, self.journal_lock, lease)
+
+    @contextmanager
+    def new_journal(self, lease: Lease | None = None) -> Iterator[Journal]:
+        """Written beside and renamed."""
+        from tune_service.journal import Journal
+
+        unfinished = self.journal.with_suffix(".new")
+        yield Journal(unfinished, self.journal_lock)
+        unfinished.replace(self.journal)
+
+    def rank_logs(self, trial: int | None = None) -> list[FileLog]:
+        paths = sorted(self.logs.glob("*.log" if trial is None else f"trial-{trial:05d}-*.log"))
+        return [FileLog(path) for path in paths]
 
     def driver_is_alive(self) -> bool:
-        """Whether some process drives the study; not one that is gone or has been silent for some time."""
         return is_held(self.driver_lock)
 
     def driving(self, tell: Callable[[str], None] = lambda line: None) -> AbstractContextManager[Lease]:
-        """Makes this process the study's driver. StudyRunningError while another one is.
-
-        `tell` hears of a silent driver that this one takes the place of.
-        """
         return taken(self.driver_lock, self.journal_lock, tell)
+
+    def driver_log(self) -> AbstractContextManager[Path]:
+        return nullcontext(self._driver_log)
+
+    def keep_shipped(self, folder: Path) -> Path:
+        shutil.copytree(folder, self._shipped)
+        return self._shipped
+
+    def shipped(self) -> Path | None:
+        return self._shipped if self._shipped.is_dir() else None
+
+    def origins(self, shipped: Path) -> Mapping[str, str]:
+        return origins(self._shipped)
+
+    def abandon(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def remove(self) -> int:
+        num_bytes = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+        doomed = self.path.with_name(f".deleted-{self.path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.path.rename(doomed)  # out of sight first: the name is free again, whatever is left
+        shutil.rmtree(doomed)
+        return num_bytes
 
 
 class Storage:
     """A folder of studies."""
 
     def __init__(self, root: Path) -> None:
-        if re.search(r"(?:^|/)[a-z0-9]+:/", str(root)):  # it would become a folder named `s3:`
-            rule = "a storage is a folder: object stores are not supported yet"
-            raise StorageError(
-                Problem("--storage", rule, str(root), "a folder of this machine, or of a cluster's head")
-            )
+        if is_url(str(root)):  # it would become a folder named `s3:`
+            raise StorageError(Problem("--storage", "this is written into a folder", str(root), "--storage FOLDER"))
         self.root = root.absolute()
+        self.where = str(self.root)
+        self.exports = self.root
 
     def studies(self) -> list[StudyFolder]:
         """All studies, by name."""
@@ -95,8 +152,9 @@ class Storage:
                 Problem("--storage", "is a folder that can be written", f"{place} cannot", "another --storage DIR")
             )
 
-    def free_bytes(self) -> int:
-        return shutil.disk_usage(self._place()).free
+    @property
+    def disk(self) -> Path:
+        return self._place()
 
     def _place(self) -> Path:
         """The root, or where it would be made."""
@@ -114,16 +172,6 @@ class Storage:
                 Problem("--storage", "is a folder that can be written", str(error), "another --storage DIR")
             ) from error
         return folder
-
-
-def remove(folder: StudyFolder) -> int:
-    """Removes a study whole. Returns its size in bytes."""
-    num_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
-    doomed = folder.path.with_name(f".deleted-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.path.rename(doomed)  # out of sight first: the name is free again, whatever is left
-    shutil.rmtree(doomed)
-    return num_bytes
 
 
 def check_out(out: Path) -> None:

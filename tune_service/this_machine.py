@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tune_service.home import StudyHome
 from tune_service.local_ray import end_children, local_ray, prepare_environment
 from tune_service.machine import this_machine
 from tune_service.place import Usage
 from tune_service.spec import StudySpec
-from tune_service.storage import StudyFolder
 
 
 class ThisMachine:
@@ -20,7 +20,10 @@ class ThisMachine:
     def __init__(self) -> None:
         self.room = this_machine()
 
-    def settled(self, spec: StudySpec, folder: StudyFolder) -> StudySpec:
+    def settled(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
+        return spec
+
+    def found_again(self, spec: StudySpec) -> StudySpec:
         return spec
 
     def prepare(self, spec: StudySpec) -> None:
