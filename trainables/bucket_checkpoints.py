@@ -69,7 +69,7 @@ class BucketCheckpoints(Checkpoints):
         super().__init__(bucket.url, budget_bytes, lease)
         self._bucket = bucket
         self._commits: list[_Commit] = []
-        self._listed_s = -REMEMBERED_S
+        self._forget()
         self._upload: _Commit | None = None
         """What is being written here; its size is not known yet."""
         self._swept: set[int] = set()
@@ -86,6 +86,9 @@ class BucketCheckpoints(Checkpoints):
             self._commits = [commit for name in names if (commit := _Commit.of(name)) is not None]
             self._listed_s = now
         return self._commits
+
+    def _forget(self) -> None:
+        self._listed_s = -REMEMBERED_S
 
     def _commit_of(self, trial: int, epoch: int) -> _Commit | None:
         return next((each for each in reversed(self._all()) if (each.trial, each.epoch) == (trial, epoch)), None)
@@ -171,6 +174,7 @@ class BucketCheckpoints(Checkpoints):
                 self._bucket.delete_all(upload.folder)
 
     def delete(self, trial: int, epoch: int) -> None:
+        self._forget()  # another process has just committed it
         self._remove([commit for commit in self._all() if (commit.trial, commit.epoch) == (trial, epoch)])
 
     def sweep(self) -> None:
@@ -189,7 +193,7 @@ class BucketCheckpoints(Checkpoints):
 
     def _remove_uploads(self, names: list[str], trial: int) -> None:
         """Those without a manifest. The folders were listed before the manifests are: a new one is not among them."""
-        self._listed_s = -REMEMBERED_S
+        self._forget()
         whole = {commit.folder for commit in self._all()}
         folders = [f"{_trial_folder(trial)}/{name}" for name in names]
         at_once(self._bucket.delete_all, [folder for folder in folders if folder not in whole])

@@ -29,6 +29,7 @@ from trainables.stores import claim_holds, generation_of
 from tune_service.errors import StudyRunningError
 from tune_service.lease import SILENT, SILENT_S, Lease
 
+BEAT_S = 3.0
 LOOK_S = 1.0
 """For so long a look at the claims is good for."""
 POLL_S = 1.0
@@ -38,8 +39,6 @@ TRIES = 4
 
 class BucketLease(Lease):
     """This process's claim."""
-
-    beat_s = 3.0
 
     def __init__(self, study: str, claims: Bucket, name: str) -> None:
         super().__init__(study)
@@ -51,6 +50,10 @@ class BucketLease(Lease):
         self._beats = 0
         self._is_lost, self._looked_s = False, time.monotonic()
         self._writes = threading.Lock()
+
+    @property
+    def beat_s(self) -> float:
+        return BEAT_S
 
     @property
     def identity(self) -> tuple[str, str]:

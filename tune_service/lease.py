@@ -42,11 +42,13 @@ SILENT = "this process was silent, and another one has taken the study over"
 class Lease(ABC):
     """This process's hold on a study."""
 
-    beat_s = BEAT_S
-
     def __init__(self, study: str) -> None:
         self._study = study
         self._sign = time.monotonic()
+
+    @property
+    def beat_s(self) -> float:
+        return BEAT_S
 
     @property
     @abstractmethod
