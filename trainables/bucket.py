@@ -175,8 +175,10 @@ class Bucket:
     def _in_words(self) -> Iterator[None]:
         try:
             yield
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            if error.errno is not None:  # pyarrow sets it for a missing object alone; else it is this machine's disk
+            if error.errno is not None:  # of this machine's disk: pyarrow's has none
                 raise
             raise self._failure(str(error)) from error
 
