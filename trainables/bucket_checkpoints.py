@@ -69,7 +69,7 @@ class BucketCheckpoints(Checkpoints):
         super().__init__(bucket.url, budget_bytes, lease)
         self._bucket = bucket
         self._commits: list[_Commit] = []
-        self._forget()
+        self._listed_s = -REMEMBERED_S
         self._upload: _Commit | None = None
         """What is being written here; its size is not known yet."""
         self._swept: set[int] = set()

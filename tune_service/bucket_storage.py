@@ -116,8 +116,9 @@ class StudyBucket:
             yield path
         finally:
             with suppress(OSError):
-                generation = self._lease.generation if self._lease is not None else 0
-                self._bucket.put_file(f"driver-{generation:06d}.log", path)
+                if self._lease is not None and not self._lease.lost:
+                    self._bucket.put_file(f"driver-{self._lease.generation:06d}.log", path)
+            own_files.remove()
 
     def rank_logs(self, trial: int | None = None) -> Sequence[BucketLog]:
         prefix = "trial-" if trial is None else f"trial-{trial:05d}-"
