@@ -118,6 +118,24 @@ class Door:
             return
 
 
+class Store:
+    """The store as the program reaches it, through the door, and as the test looks into it, beside the door."""
+
+    def __init__(self, port: int) -> None:
+        self.door = Door(port)
+        keys = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
+        self._filesystem = fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", **keys)
+
+    def names(self, study: str) -> list[str]:
+        """Of all objects of a study, those too that only stand for a folder."""
+        root = f"{BUCKET}/studies/{study}"
+        found = self._filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        return sorted(info.path.removeprefix(f"{root}/") for info in found)
+
+    def read(self, study: str, name: str) -> bytes:
+        return bytes(self._filesystem.open_input_stream(f"{BUCKET}/studies/{study}/{name}").read())
+
+
 def _copy(source: socket.socket, target: socket.socket, way: Way) -> None:
     with suppress(OSError):
         while data := source.recv(1 << 16):

@@ -10,43 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from object_store import BUCKET, Door, Way, install_moto, running_moto
+from object_store import BUCKET, Store, Way
 from program import Command, Program, opened, scores, wait_until
-from pyarrow import fs
 from toys import curve
 
 pytestmark = pytest.mark.slow
 
 EPOCHS = 3
 URL = f"s3://{BUCKET}/studies"
-
-
-class Store:
-    """The store as the program reaches it, through the door, and as the test looks into it, beside the door."""
-
-    def __init__(self, port: int) -> None:
-        self.door = Door(port)
-        keys = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
-        self._filesystem = fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", **keys)
-
-    def names(self, study: str) -> list[str]:
-        """Of all objects of a study, those too that only stand for a folder."""
-        root = f"{BUCKET}/studies/{study}"
-        found = self._filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-        return sorted(info.path.removeprefix(f"{root}/") for info in found)
-
-    def read(self, study: str, name: str) -> bytes:
-        return bytes(self._filesystem.open_input_stream(f"{BUCKET}/studies/{study}/{name}").read())
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    folder = tmp_path_factory.mktemp("store") / "moto"
-    install_moto(folder)
-    with running_moto(folder) as port:
-        found = Store(port)
-        yield found
-        found.door.close()
 
 
 @pytest.fixture(scope="module")
