@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from pyarrow import fs
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET = "lab"
@@ -45,8 +46,6 @@ def running_moto(folder: Path) -> Iterator[int]:
         while not _answers(port):
             assert process.poll() is None and time.monotonic() < end, "moto does not start"
             time.sleep(0.1)
-        from pyarrow import fs
-
         keys = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
         fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", allow_bucket_creation=True, **keys).create_dir(BUCKET)
         yield port
