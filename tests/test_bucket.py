@@ -33,6 +33,7 @@ def test_a_folder_is_no_url() -> None:
         ("s3:///x", "''"),
         ("s3://lab/x?endpoint=here", "endpoint"),
         ("gs://lab/x?region=eu", "region"),
+        ("s3://lab/x?scheme=ftp", "ftp"),
     ],
 )
 def test_a_url_that_cannot_be_one_is_refused_as_input(url: str, found: str) -> None:

@@ -76,6 +76,29 @@ def test_a_new_record_that_fails_halfway_is_no_study(storage: BucketStorage) -> 
     storage.create("toy")
 
 
+def test_a_driver_that_was_killed_before_its_record_leaves_the_name_free(storage: BucketStorage) -> None:
+    study = storage.create("toy")
+    with study.driving() as lease:
+        Bucket.open("s3://lab/studies/toy").put("checkpoints/manifests/x.json", b"{}")  # of a deletion that was killed
+    assert storage.studies() == []
+    with storage.create("toy").driving() as lease:
+        Record.create(storage._study("toy"), SPEC, RandomSampler(seed=0), lease)
+    assert Bucket.open("s3://lab/studies/toy/checkpoints").objects() == {}
+
+
+def test_a_new_study_that_finds_its_name_taken_meanwhile_leaves_the_other_as_it_is(
+    storage: BucketStorage, driven: Driven
+) -> None:
+    _, lease = driven
+    late = storage._study("toy")
+    lease.close()
+    with late.driving() as own:
+        with pytest.raises(StudyExistsError):
+            Record.create(late, SPEC, RandomSampler(seed=0), own)
+        late.abandon()
+    assert Record.open(another(storage)).budget_trials == 4
+
+
 def test_every_append_is_one_object_and_read_by_others_in_order(
     storage: BucketStorage, record_bucket: Bucket, driven: Driven
 ) -> None:

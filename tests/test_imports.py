@@ -37,6 +37,12 @@ ONLY_IN = {
         "tune_service/metrics.py",
         "tune_service/tuner.py",
     },
+    "pyarrow": {
+        "trainables/bucket.py",
+        "trainables/data.py",
+        "trainables/tables.py",
+        "tune_service/demo.py",
+    },
     "torch": {
         "trainables/finetune.py",
         "trainables/learner.py",
@@ -65,6 +71,10 @@ LIGHT = (
     "tune_service.submit",
 )
 """Modules that load neither torch nor ray: a spec is checked, and a command answers, before anything heavy loads."""
+
+
+WITHOUT_PYARROW = ("tune_service.cli", "tune_service.cluster_cli", "tune_service.storages", "tune_service.studies")
+"""Modules that load no pyarrow: a fifth of a second, for a storage that may be a folder."""
 
 
 def imported(file: str) -> Iterator[str]:
@@ -96,3 +106,10 @@ def test_a_light_module_loads_neither_torch_nor_ray(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", WITHOUT_PYARROW)
+def test_a_storage_is_opened_without_pyarrow(module: str) -> None:
+    code = f"import sys, {module}; print('pyarrow' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]

@@ -210,6 +210,8 @@ def _check(scheme: str, bucket: str, options: Mapping[str, str]) -> None:
         raise UserError(Problem(place, rule, "something before an @", example))
     if not re.fullmatch(r"[a-z0-9A-Z][\w.-]+", bucket):
         raise UserError(Problem(place, "a URL names its bucket", repr(bucket), example))
+    if options.get("scheme", "https") not in ("http", "https"):
+        raise UserError(Problem(place, "scheme is one of two", options["scheme"], "?scheme=http or ?scheme=https"))
     unknown = sorted(options.keys() - set(OPTIONS[scheme]))
     if unknown:  # their values are not shown: one may be a secret
         rule = f"after the ? of {scheme}:// come {', '.join(OPTIONS[scheme])}"
@@ -226,6 +228,8 @@ def filesystem(kind: str, /, **options: Any) -> FileSystem:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
         parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https"):
+            raise UserError(Problem("AWS_ENDPOINT_URL", "is a URL", endpoint, "http://HOST:PORT or https://HOST"))
         options = {"endpoint_override": parts.netloc, "scheme": parts.scheme} | options
     options["allow_delayed_open"] = True  # so that a small object is one request
     return fs.S3FileSystem(

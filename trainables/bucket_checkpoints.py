@@ -10,6 +10,7 @@ tells trials, epochs and sizes; it is remembered for a moment.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -41,10 +42,8 @@ class _Commit:
     @staticmethod
     def of(name: str) -> _Commit | None:
         """None for a name that is not ours."""
-        parts = name.removesuffix(".json").split("-")
-        if len(parts) != 4 or not all(part.isascii() and part.isdecimal() for part in parts[:3]):
-            return None
-        return _Commit(int(parts[0]), int(parts[1]), int(parts[2]), parts[3])
+        found = re.fullmatch(r"([0-9]{5,9})-([0-9]{4,9})-([0-9]{1,18})-([0-9a-f]{16})\.json", name)
+        return _Commit(int(found[1]), int(found[2]), int(found[3]), found[4]) if found else None
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ class TrialLogs:
         if self._folder is None:
             folder = own_files.emptied("logs")
             for name, found in self._bucket.objects().items():
-                if name.startswith(self._prefix):
+                if name.startswith(self._prefix) and "/" not in name:
                     self._bucket.get_file(name, folder / name)
                     self._sizes[name] = found.num_bytes
             self._folder = folder

@@ -20,7 +20,6 @@ from trainables.stores import generation_of
 from tune_service.bucket_lease import BucketLease, is_held, taken
 from tune_service.errors import StorageError, StudyExistsError, StudyNotFoundError
 from tune_service.lease import Lease
-from tune_service.parcel import origins
 
 if TYPE_CHECKING:
     from tune_service.bucket_journal import BucketJournal
@@ -80,6 +79,8 @@ class StudyBucket:
         assert isinstance(lease, BucketLease), "a bucket has no other way to tell two writers apart"
         if self.exists():
             raise _taken(self)
+        for leftovers in ("checkpoints", "logs"):  # of a study whose deletion was killed
+            self._bucket.delete_all(leftovers)
         journal = BucketJournal(self._record, lease, is_new=True)
         with journal.held():
             yield journal
@@ -128,6 +129,7 @@ class StudyBucket:
 
     def keep_shipped(self, folder: Path) -> Path:
         names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+        self._shipped.delete_all()
         put_tree(self._shipped, folder, names)
         copy = self.shipped()
         assert copy is not None, "a study comes with its spec at least"
@@ -143,13 +145,15 @@ class StudyBucket:
         return copy if names else None
 
     def origins(self, shipped: Path) -> Mapping[str, str]:
+        from tune_service.parcel import origins
+
         copy = self.shipped()
         found = origins(copy) if copy is not None else {}
         return {str(shipped / Path(there).relative_to(str(copy))): here for there, here in found.items()}
 
     def abandon(self) -> None:
-        if self._lease is not None and not self._lease.lost:
-            with suppress(OSError):
+        with suppress(OSError):
+            if self._lease is not None and not self._lease.lost and not self.exists():
                 self._bucket.delete_all()
 
     def remove(self) -> int:
@@ -183,7 +187,7 @@ class BucketStorage:
     def check_free(self, name: str) -> StudyBucket:
         self._bucket.check()
         study = self._study(name)
-        if study.exists() or name in self._bucket.folders():
+        if study.exists():
             raise _taken(study)
         return study
 

@@ -15,7 +15,6 @@ from trainables.checkpoint import CheckpointStore
 from trainables.errors import Problem
 from tune_service.errors import OutputNotEmptyError, StorageError, StudyExistsError, StudyNotFoundError
 from tune_service.lease import Lease, is_held, taken
-from tune_service.parcel import origins
 
 if TYPE_CHECKING:
     from tune_service.journal import Journal
@@ -90,6 +89,8 @@ class StudyFolder:
         return self._shipped if self._shipped.is_dir() else None
 
     def origins(self, shipped: Path) -> Mapping[str, str]:
+        from tune_service.parcel import origins
+
         return origins(self._shipped)
 
     def abandon(self) -> None:
