@@ -6,6 +6,7 @@ for it. No Ray here: who carries the pieces is given as functions.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import secrets
@@ -96,6 +97,10 @@ class FarFiles:
         with file.open("ab") as target:
             target.write(data)
 
+    def _remove_at_exit(self, pid: int) -> None:
+        if os.getpid() == pid:  # not of a fork
+            self.remove()
+
     def _made(self) -> Path:
         if self._root is None:
             place = scratch_place()
@@ -105,6 +110,7 @@ class FarFiles:
             # Never closed: the kernel lets go of the lock when this process is gone, however it went.
             fcntl.flock(os.open(new / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
             self._root = new.rename(place / new.name[1:])  # others see it only when it is held
+            atexit.register(self._remove_at_exit, os.getpid())
         return self._root
 
 

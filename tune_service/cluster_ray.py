@@ -75,7 +75,7 @@ class ThisCluster:
         assert self._came_with is not None, "a new study comes with its spec at least"
         return moved(spec, self._came_with, folder.keep_shipped(self._came_with))
 
-    def found_again(self, spec: StudySpec) -> StudySpec:
+    def found_again(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         return spec if self._came_with in (None, spec.folder) else moved(spec, spec.folder, self._came_with)
 
     def prepare(self, spec: StudySpec) -> None:

@@ -67,7 +67,7 @@ class Place(Protocol):
     def settled(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         """The spec of a new study, with what it came with in the study's folder."""
 
-    def found_again(self, spec: StudySpec) -> StudySpec:
+    def found_again(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         """The spec of a study that goes on, with the paths that what it came with has now."""
 
     def prepare(self, spec: StudySpec) -> None:

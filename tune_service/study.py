@@ -74,7 +74,7 @@ def resume_study(
     """Goes on with a study that was stopped or cut off; `trials` adds to its budget (`+20`) or sets it (`80`)."""
     place = place or ThisMachine()
     folder = storage.study(name)
-    spec = place.found_again(stored_spec(Record.open(folder)))
+    spec = place.found_again(stored_spec(Record.open(folder)), folder)
     problems = problems_of(run_checks(spec, storage, place.room))
     if problems:
         raise SpecError(problems)

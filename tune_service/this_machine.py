@@ -11,7 +11,7 @@ from tune_service.home import StudyHome
 from tune_service.local_ray import end_children, local_ray, prepare_environment
 from tune_service.machine import this_machine
 from tune_service.place import Usage
-from tune_service.spec import StudySpec
+from tune_service.spec import StudySpec, moved
 
 
 class ThisMachine:
@@ -23,8 +23,9 @@ class ThisMachine:
     def settled(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         return spec
 
-    def found_again(self, spec: StudySpec) -> StudySpec:
-        return spec
+    def found_again(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
+        came_with = None if spec.folder.is_dir() else folder.shipped()  # of a cluster, and in a bucket
+        return spec if came_with is None else moved(spec, spec.folder, came_with)
 
     def prepare(self, spec: StudySpec) -> None:
         prepare_environment(self._concurrent(spec))
