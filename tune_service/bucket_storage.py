@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +58,10 @@ class StudyBucket:
     @property
     def where(self) -> str:
         return self._bucket.where
+
+    @property
+    def record_where(self) -> str:
+        return self._record.where
 
     @property
     def logs_where(self) -> str:
@@ -171,6 +176,9 @@ class BucketStorage:
         self.where = bucket.where
         self.disk = scratch_place()
         self.exports = Path(tempfile.gettempdir())
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.disk).free
 
     def studies(self) -> list[StudyBucket]:
         self._bucket.check()

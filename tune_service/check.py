@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -116,7 +115,7 @@ def _checkpoints(spec: StudySpec, storage: StudyStorage) -> str:
                 f"at least {1.01 * needed / GIB:.2g}",
             )
         )
-    free = shutil.disk_usage(storage.disk).free
+    free = storage.free_bytes()
     if needed > free:
         found = f"{free / GIB:.2g} GiB are free at {storage.disk}, {needed / GIB:.2g} are needed at least"
         raise UserError(

@@ -35,6 +35,10 @@ class StudyHome(Protocol):
         """A path, or a URL, for people."""
 
     @property
+    def record_where(self) -> str:
+        """The same of its record."""
+
+    @property
     def checkpoints(self) -> Checkpoints: ...
 
     @property
@@ -95,6 +99,9 @@ class StudyStorage(Protocol):
     @property
     def exports(self) -> Path:
         """The folder for exports that are fetched from elsewhere."""
+
+    def free_bytes(self) -> int:
+        """Of that disk."""
 
     def studies(self) -> Sequence[StudyHome]:
         """All studies, by name."""

@@ -204,5 +204,5 @@ def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
 
 def unreadable(folder: StudyHome, why: str) -> StorageError:
     """The error of a record that is not what this version writes."""
-    found = f"{folder.where}: {why}"
+    found = f"{folder.record_where}: {why}"
     return StorageError(Problem(folder.name, "has a record that can be read", found[:1000], "a whole record"))

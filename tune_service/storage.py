@@ -51,7 +51,7 @@ class StudyFolder:
         self.logs = path / "logs"
         self._shipped = path / "shipped"
         self.checkpoints = CheckpointStore(path / "checkpoints")
-        self.where = str(path)
+        self.where, self.record_where = str(path), str(self.journal)
         self.logs_where = str(self.logs)
 
     def open_journal(self, lease: Lease | None = None) -> Journal:
@@ -156,6 +156,9 @@ class Storage:
     @property
     def disk(self) -> Path:
         return self._place()
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.disk).free
 
     def _place(self) -> Path:
         """The root, or where it would be made."""

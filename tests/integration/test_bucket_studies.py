@@ -100,7 +100,7 @@ def test_a_frozen_driver_that_was_taken_over_writes_nothing_more(program: Progra
     frozen.send(signal.SIGSTOP)
     began = time.monotonic()
     again = program.start("resume", "frozen", "--json")
-    wait_until(lambda: program.epochs("frozen", 1) == [1, 2, 2], 90, "the trial to go on")
+    wait_until(lambda: program.epochs("frozen", 1) == [1, 2, 2], 180, "the trial to go on")
     assert time.monotonic() - began > 15
     assert "has been silent for 15 s" in again.err
     program.release("frozen")
