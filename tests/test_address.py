@@ -19,7 +19,6 @@ from tune_service import address
 from tune_service.address import Head, connected, read_head, token
 from tune_service.dashboard import Dashboard, DashboardError, UnreachableError
 from tune_service.errors import AddressError, CommandError, exit_code
-from tune_service.frames import decode, encode
 
 
 @pytest.fixture(autouse=True)
@@ -238,15 +237,3 @@ def test_a_file_that_is_no_cluster_file_is_wrong_input(text: str, tmp_path: Path
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(AddressError), connected(str(tmp_path / "file.yaml")):
         raise AssertionError("an address")
-
-
-def test_an_answer_is_told_from_what_libraries_print() -> None:
-    log = "noise without an end" + encode("word", {"a": "\n"}) + 'other {"b": 1}\n word 2' + encode("word", [1])
-    assert decode("word", log, 0)[0] == [{"a": "\n"}, [1]]
-
-
-def test_an_answer_that_is_not_whole_yet_comes_with_the_next_look() -> None:
-    log = encode("word", 1) + encode("word", 2)
-    for cut in range(len(log) + 1):
-        first, position = decode("word", log[:cut], 0)
-        assert first + decode("word", log, position)[0] == [1, 2]

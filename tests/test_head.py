@@ -25,7 +25,7 @@ def asked(storage: Path, what: str, **arguments: Any) -> tuple[int, list[Any]]:
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", check=False
     )
     assert "Traceback" not in run.stderr, run.stderr
-    return run.returncode, decode("w", run.stdout, 0)[0]
+    return run.returncode, decode("w", run.stdout)[0]
 
 
 def test_it_says_its_version_then_the_answer_then_its_end(tmp_path: Path) -> None:
@@ -60,11 +60,13 @@ def test_a_waiting_answer_ends_with_the_study(tmp_path: Path) -> None:
     folder = study.record.folder
     folder.logs.mkdir()
     (folder.logs / "trial-00000-rank-0.log").write_text("one\ntwo\nthree")
-    asking = {"study": folder.name, "trial": None, "since": {"trial-00000-rank-0.log": 4}}
+    asking = {"study": folder.name, "trial": None, "since": {"trial-00000-rank-0.log": 4}, "done": []}
     _, (_, piece, more, _) = asked(folder.path.parent, "logs", **asking)
     assert piece["piece"] == {"file": "trial-00000-rank-0.log", "lines": ["two", "three"], "end": 13}
-    assert more == {"more": False}
-    _, (_, view, more, _) = asked(folder.path.parent, "views", study=folder.name)
+    assert more == {"more": False, "done": [[0, 0]]}
+    _, (_, more, _) = asked(folder.path.parent, "logs", **asking | {"since": {}, "done": [[0, 0]]})
+    assert more == {"more": False, "done": [[0, 0]]}  # what was read to its end is not read again
+    _, (_, view, more, _) = asked(folder.path.parent, "views", study=folder.name, known=[])
     assert (view["status"]["study"], view["budget_trials"], more) == (
         folder.name,
         study.record.budget_trials,

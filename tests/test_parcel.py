@@ -130,3 +130,23 @@ def test_where_a_shipped_folder_was_at_home_is_known_on_the_cluster(tmp_path: Pa
     there = str(tmp_path / "shipped/.tune-service/data")
     assert parcel.origins(tmp_path / "shipped") == {there: str(tmp_path / "here/data")}
     assert parcel.origins(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["json.py", "optuna/__init__.py", "tune_service/__init__.py"])
+def test_a_module_with_a_librarys_name_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    touch(tmp_path / "bakery.py")
+    touch(tmp_path / name)
+    with pytest.raises(SpecError) as refusal:
+        packed(own(tmp_path), tmp_path)
+    (problem,) = refusal.value.problems
+    assert (problem.place, problem.found) == (
+        "trainable",
+        f"{name.partition('/')[0].removesuffix('.py')} in {tmp_path}",
+    )
+
+
+def test_folders_that_are_no_packages_and_modules_inside_packages_may_be_called_anything(tmp_path: Path) -> None:
+    for name in ("bakery/__init__.py", "bakery/json.py", "datasets/bread.csv", "optuna/notes.txt", "oven.py"):
+        touch(tmp_path / "here" / name)
+    files = packed(own(tmp_path / "here", "bakery:train"), tmp_path)
+    assert {"bakery/json.py", "datasets/bread.csv", "optuna/notes.txt", "oven.py"} <= files.keys()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
+
 from tune_service.dashboard import Dashboard, Job
+from tune_service.errors import StudyRunningError
+from tune_service.frames import encode
 from tune_service.remote import QUESTION, SETTLED_S, STUDY, RemoteStudies
 
 
@@ -49,5 +53,55 @@ def test_a_studys_next_job_has_the_next_number() -> None:
     jobs = Jobs(
         Job("a-1", "FAILED", "", {STUDY: "a"}, None, 1.0, 2.0), Job("b-7", "FAILED", "", {STUDY: "b"}, None, 1.0, 2.0)
     )
-    assert studies(jobs)._next_job("a", ValueError) == "a-2"
-    assert studies(jobs)._next_job("c", ValueError) == "c-1"
+    assert studies(jobs)._next_job("a", StudyRunningError, "") == "a-2"
+    assert studies(jobs)._next_job("c", StudyRunningError, "") == "c-1"
+
+
+def test_a_study_with_a_living_job_is_not_resumed_and_the_way_on_is_said() -> None:
+    waiting = Job("a-1", "PENDING", "", {STUDY: "a"}, None, 1.0, None)
+    with pytest.raises(StudyRunningError) as refusal:
+        studies(Jobs(waiting)).resume("a", None, cast(Any, None))
+    (problem,) = refusal.value.problems
+    assert (problem.found, problem.expected) == (
+        "job a-1 is pending",
+        "`tune-service watch a` to follow it, or `tune-service stop a` first",
+    )
+
+
+class Log(Jobs):
+    """A job's log that grows by what a test says, and counts what is fetched of it."""
+
+    def __init__(self, *parts: str) -> None:
+        super().__init__()
+        self._parts, self._text = list(parts), ""
+        self.fetched: list[int] = []
+
+    def patiently(self, ask: Any) -> Any:
+        return ask()
+
+    def job(self, name: str) -> Job:
+        self._text += self._parts.pop(0) if self._parts else ""
+        return Job(name, "RUNNING" if self._parts else "SUCCEEDED", "", {}, "node", 1.0, None)
+
+    def log(self, name: str) -> str:
+        self.fetched.append(len(self._text))
+        return self._text
+
+    def tail(self, job: Job, lines: int) -> str:
+        found = "".join(self._text.splitlines(keepends=True)[-lines:])
+        self.fetched.append(len(found))
+        return found
+
+
+def test_a_long_answer_is_fetched_once_and_then_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_service.remote.POLL_S", 0.0)
+    long, short = (
+        encode("w", 1, {"trials": "x" * 100_000}),
+        [encode("w", number, {"n": number}) for number in (2, 3, 4)],
+    )
+    log = Log("", long, "", "", short[0], "noise\n", short[1] + short[2], encode("w", 5, {"end": True}))
+    answers = list(studies(log)._answers({"word": "w", "what": "views", "version": ""}, "question-1"))
+    assert [answer.get("n") for answer in answers] == [None, 2, 3, 4]
+    # Once, and where another's line stands last.
+    assert sum(size > 100_000 for size in log.fetched) == 2
+    assert sum(size for size in log.fetched if size < 100_000) < 1_000

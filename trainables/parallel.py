@@ -140,6 +140,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def largest_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The element-wise maximum over all ranks, on every rank; of a tensor on any device."""
+    if dist.get_world_size() > 1:
+        shared = value.cuda() if dist.get_backend() == "nccl" else value
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.cpu()
+    return value
+
+
 def barrier() -> None:
     if dist.get_world_size() > 1:
         dist.barrier()

@@ -18,6 +18,7 @@ MIN_LENGTH = 8
 """Of a variable's value: a shorter one would be found by chance in the middle of words."""
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+")
 _ALONE = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
+_ALONE |= {"pgpassword", "sslpassword"}  # libpq's own
 _KEYS = {"api", "access", "private", "secret", "auth", "account"}
 """What makes a secret of the word `key` behind it."""
 _TOKENS = {"api", "access", "auth", "bearer", "refresh", "session", "login", "id", "bot", "app", "personal", "private"}

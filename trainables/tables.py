@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
+from trainables.config import DataConfig
 from trainables.errors import DataError, Problem
-from trainables.glue import Task
+from trainables.glue import TASKS, Task
+from trainables.model_files import HUB_TIMEOUT_S
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -132,6 +134,30 @@ def hub_tables(task: Task | None, names: Sequence[str]) -> dict[str, pa.Table]:
         rule = f"{HUB_NAME} ({task.name}) can be had from the hub"
         raise DataError(Problem("data.task", rule, found, expected)) from error
     return {name: split.with_format("arrow")[:] for name, split in zip(names, splits, strict=True)}
+
+
+def check_reachable(config: DataConfig) -> list[Problem]:
+    """What keeps a machine from reading the data, as far as that shows without reading it."""
+    if config.path is not None:
+        folder = Path(config.path).expanduser()
+        rule = "the data is a folder"
+        return [] if folder.is_dir() else [Problem("data.path", rule, f"no folder {folder}", "the folder, there too")]
+    from huggingface_hub import HfApi, constants
+
+    name = TASKS[str(config.task)].name
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("the hub is switched off (HF_HUB_OFFLINE)")
+        HfApi().dataset_info(HUB_NAME, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # every way in which a network can fail means the same here
+        from datasets import config as places
+
+        if any(Path(places.HF_DATASETS_CACHE).glob(f"{HUB_NAME.replace('/', '___')}/{name}/*/*")):
+            return []
+        found = f"{type(error).__name__}: {str(error)[:200]}"
+        rule = f"{HUB_NAME} ({name}) is in the cache, or the hub can be reached"
+        return [Problem("data.task", rule, found, "a network, or data.path with the task's files")]
+    return []
 
 
 def some(values: Sequence[object], most: int = 20) -> str:

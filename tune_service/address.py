@@ -44,8 +44,9 @@ def connected(address: str) -> Iterator[Dashboard]:
     if re.match(r"https?://", address):
         yield Dashboard(address, token(), address)
     elif Path(address).is_file():
-        with _tunnel(read_head(Path(address)), address) as port:
-            yield Dashboard(f"http://127.0.0.1:{port}", token(), address)
+        head = read_head(Path(address))
+        with _tunnel(head, address) as port:
+            yield Dashboard(f"http://127.0.0.1:{port}", token(), address, head.host)
     elif re.fullmatch(r"[\w.-]+:\d+", address):
         yield Dashboard(f"http://{address}", token(), address)
     else:

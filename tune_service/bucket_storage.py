@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -11,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainables.bucket import Bucket, get_tree, put_tree
 from trainables.bucket_checkpoints import BucketCheckpoints
@@ -23,6 +25,8 @@ from tune_service.errors import StorageError, StudyExistsError, StudyNotFoundErr
 from tune_service.lease import Lease
 
 if TYPE_CHECKING:
+    from optuna.study import StudyDirection
+
     from tune_service.bucket_journal import BucketJournal
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -71,15 +75,15 @@ class StudyBucket:
     def checkpoints(self) -> BucketCheckpoints:
         return BucketCheckpoints(self._bucket.at("checkpoints"))
 
-    def open_journal(self, lease: Lease | None = None) -> BucketJournal:
+    def open_record(self, lease: Lease | None = None) -> tuple[BucketJournal, str]:
         from tune_service.bucket_journal import BucketJournal
 
         assert lease is None or isinstance(lease, BucketLease), "it is this study's own"
-        return BucketJournal(self._record, lease)
+        return BucketJournal(self._record, lease), self.name
 
-    @contextmanager
-    def new_journal(self, lease: Lease | None = None) -> Iterator[BucketJournal]:
+    def create_record(self, direction: StudyDirection, attrs: Mapping[str, Any], lease: Lease | None = None) -> None:
         from tune_service.bucket_journal import BucketJournal
+        from tune_service.journal import begin_study
 
         assert isinstance(lease, BucketLease), "a bucket has no other way to tell two writers apart"
         if self.exists():
@@ -88,7 +92,7 @@ class StudyBucket:
             self._bucket.delete_all(leftovers)
         journal = BucketJournal(self._record, lease, is_new=True)
         with journal.held():
-            yield journal
+            begin_study(journal, self.name, direction, attrs)
 
     def exists(self) -> bool:
         """Whether there is a record, or the beginning of one."""
@@ -176,6 +180,23 @@ class BucketStorage:
         self.where = bucket.where
         self.disk = scratch_place()
         self.exports = Path(tempfile.gettempdir())
+
+    def check_record(self, url: str) -> None:
+        rule = "a study in a bucket has its record there, too"
+        raise StorageError(Problem("record", rule, url, "record: null, or --storage FOLDER"))
+
+    def speeds(self, num_bytes: int) -> tuple[float, float]:
+        name, data = f".check-{os.getpid()}-{secrets.token_hex(4)}", os.urandom(num_bytes)
+        started = time.monotonic()
+        try:
+            self._bucket.put(name, data)
+            written_s = time.monotonic() - started
+            started = time.monotonic()
+            if self._bucket.get(name) != data:
+                raise OSError("it gave back another content")
+            return num_bytes / written_s, num_bytes / (time.monotonic() - started)
+        finally:
+            self._bucket.delete(name)
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.disk).free

@@ -19,6 +19,7 @@ from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
 from trainables.model_files import check_model_files
 from trainables.stores import GIB
+from tune_service.errors import exit_code
 from tune_service.home import StudyStorage
 from tune_service.kept import least_bytes
 from tune_service.place import Room
@@ -37,9 +38,11 @@ class Check:
     found: str
     advice: str = ""
     problems: tuple[Problem, ...] = ()
+    code: int = 0
+    """The exit code that it makes for."""
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "problems"}
+        return {key: value for key, value in asdict(self).items() if key not in ("problems", "code")}
 
 
 def run_checks(spec: StudySpec, storage: StudyStorage, room: Room) -> list[Check]:
@@ -48,18 +51,20 @@ def run_checks(spec: StudySpec, storage: StudyStorage, room: Room) -> list[Check
     What a half-read spec lacks, such as `data`, is passed over.
     """
     checks = [
-        _check("storage", lambda: _storage(storage)),
-        _check("resources", lambda: _resources(spec, room)),
+        looked_at("storage", lambda: _storage(storage)),
+        looked_at("resources", lambda: _resources(spec, room)),
     ]
     model, data = spec.model, spec.data
     if not spec.is_finetune:
-        checks.append(_check("trainable", lambda: _import_trainable(spec.trainable, spec.folder)))
+        checks.append(looked_at("trainable", lambda: import_trainable(spec.trainable, spec.folder)))
     if spec.is_finetune and model is not None:
-        checks.append(_check("model", lambda: _raised(check_model_files(model)) or model.name))
+        checks.append(looked_at("model", lambda: _raised(check_model_files(model)) or model.name))
     if spec.is_finetune and data is not None:
-        checks.append(_check("data", lambda: _describe(_texts(data))))
+        checks.append(looked_at("data", lambda: _describe(_texts(data))))
+    if (url := spec.record) is not None:
+        checks.append(looked_at("record", lambda: _record(storage, url)))
     if spec.is_finetune and model is not None:
-        checks.append(_check("checkpoints", lambda: _checkpoints(spec, storage)))
+        checks.append(looked_at("checkpoints", lambda: room_for_checkpoints(spec, storage, least_bytes(spec))))
     return checks
 
 
@@ -77,13 +82,14 @@ def baseline(spec: StudySpec) -> float | None:
     return majority_baseline(next(split.labels for name, split in texts.splits.items() if name != "train"))
 
 
-def _check(name: str, look: Callable[[], str]) -> Check:
+def looked_at(name: str, look: Callable[[], str]) -> Check:
+    """What `look` found, or, in a UserError, what is wrong."""
     try:
         return Check(name, True, look())
     except UserError as error:
         found = "; ".join(f"{problem.place}: {problem.found}" for problem in error.problems)
         advice = "; ".join(f"{problem.rule}: {problem.expected}" for problem in error.problems)
-        return Check(name, False, found, advice, error.problems)
+        return Check(name, False, found, advice, error.problems, exit_code(error))
 
 
 def _raised(problems: Sequence[Problem]) -> str:
@@ -97,14 +103,23 @@ def _storage(storage: StudyStorage) -> str:
     return f"{storage.where} can be written"
 
 
+def _record(storage: StudyStorage, url: str) -> str:
+    storage.check_record(url)
+    from tune_service.database import look  # SQLAlchemy loads only where it is needed
+
+    return look(url)
+
+
 def _resources(spec: StudySpec, room: Room) -> str:
     _raised(room.problems(spec.resources))
     return f"{room.offer()}: {room.fit(spec.resources, spec.budget.concurrent_trials)} trials at once"
 
 
-def _checkpoints(spec: StudySpec, storage: StudyStorage) -> str:
-    """Whether the budget, and the disk, hold the checkpoints that must be there at one moment for one trial to run."""
-    each = least_bytes(spec)
+def room_for_checkpoints(spec: StudySpec, storage: StudyStorage, each: int) -> str:
+    """Whether the budget, and the disk, hold the checkpoints that must be there at one moment for one trial to run.
+
+    `each`: the bytes of one, as far as they are known.
+    """
     needed, budget = CHECKPOINTS_AT_ONCE * each, spec.checkpoints.budget_bytes
     if needed > budget:
         raise UserError(
@@ -140,7 +155,7 @@ def _describe(texts: TextData) -> str:
 
 
 @lru_cache(maxsize=1)
-def _import_trainable(trainable: str, folder: Path) -> str:
+def import_trainable(trainable: str, folder: Path) -> str:
     """Imports the user's module in a process of its own: it may import torch, or end the process."""
     code = "import sys; from trainables.worker import resolve; resolve(sys.argv[1], sys.argv[2])"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # importing it must not need a GPU

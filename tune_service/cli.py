@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -18,9 +18,10 @@ from trainables.redaction import redacted
 from tune_service.cluster_cli import app as cluster_app
 from tune_service.errors import CommandError, FollowEndedError, exit_code
 from tune_service.output import display as display_of
-from tune_service.output import print_failure, print_json, print_rows, print_status
+from tune_service.output import print_check, print_failure, print_json, print_rows, print_status
 
 if TYPE_CHECKING:
+    from tune_service.check import Check
     from tune_service.home import StudyStorage
     from tune_service.remote import RemoteStudies
     from tune_service.spec import StudySpec
@@ -41,7 +42,7 @@ StorageOption = Annotated[
     typer.Option(
         "--storage",
         envvar="TUNE_SERVICE_STORAGE",
-        help="Folder, or s3:// or gs:// URL, of the studies; a cluster has its own.",
+        help="Folder, s3:// or gs:// URL of the studies; a cluster has its own.",
     ),
 ]
 AddressOption = Annotated[
@@ -256,28 +257,47 @@ def check(
     overrides: Overrides = [],  # noqa: B006
     name: NameOption = None,
     storage: StorageOption = DEFAULT_STORAGE,
+    address: AddressOption = None,
+    start_nodes: Annotated[
+        bool, typer.Option("--start-nodes", help="With --address: have the autoscaler start what one trial needs.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check what can be known before a study starts."""
-    from tune_service.check import Check, problems_of, run_checks
+    """Check what can be known before a study starts.
+
+    On a cluster, one trial's worker group trains a few steps.
+    """
+    with ExitStack() as connection:
+        if address is None:
+            found = _checks_here(spec, overrides, name, _storage(storage))
+        else:
+            from tune_service.checkup import check_cluster
+
+            studies = connection.enter_context(_remote(storage, address))
+            found = check_cluster(spec, overrides, name, studies, start_nodes)
+        checks = []
+        for each in found:
+            checks.append(each)
+            if not as_json:
+                print_check(each)
+    if as_json:
+        print_json({"checks": [each.to_json() for each in checks]})
+    if code := max(each.code for each in checks):
+        sys.exit(code)
+
+
+def _checks_here(path: Path, overrides: list[str], name: str | None, storage: StudyStorage) -> Iterator[Check]:
+    from tune_service.check import Check, run_checks
     from tune_service.errors import SpecError
     from tune_service.machine import this_machine
     from tune_service.spec import load_spec
 
     try:
-        loaded = load_spec(spec, overrides, name)
+        loaded = load_spec(path, overrides, name)
     except SpecError:
-        loaded = _load(spec, overrides, name, _storage(storage))  # raises, with the faults of its data and model too
-    checks = [Check("spec", True, str(spec)), *run_checks(loaded, _storage(storage), this_machine())]
-    if as_json:
-        print_json({"checks": [each.to_json() for each in checks]})
-    else:
-        for each in checks:
-            print(f"{'ok  ' if each.ok else 'FAIL'} {each.name}: {each.found}")
-            if each.advice:
-                print(f"     {each.advice}")
-    if not all(each.ok for each in checks):
-        sys.exit(exit_code(SpecError(problems_of(checks))))
+        loaded = _load(path, overrides, name, storage)  # raises, with the faults of its data and model too
+    yield Check("spec", True, str(path))
+    yield from run_checks(loaded, storage, this_machine())
 
 
 @app.command()

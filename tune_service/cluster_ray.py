@@ -64,6 +64,11 @@ class ThisCluster:
         self._file = cluster_file()
 
     @property
+    def session_name(self) -> str:
+        """What Ray calls this run of the cluster; its processes have it on their command lines."""
+        return self._session_dir.name
+
+    @property
     def room(self) -> ClusterRoom:
         alive = [node["Resources"] for node in _nodes() if node["Alive"]]
         kinds = kinds_of((each.get("CPU", 0), each.get("GPU", 0)) for each in alive)
@@ -175,6 +180,10 @@ class ClusterSession:
 def _head_resource() -> str:
     has_plenty = any(HEAD_RESOURCE in node["Resources"] for node in _nodes() if node["Alive"])
     return HEAD_RESOURCE if has_plenty else ANY_HEAD_RESOURCE
+
+
+def is_head(node: dict[str, Any]) -> bool:
+    return ANY_HEAD_RESOURCE in node["Resources"]
 
 
 def _nodes() -> list[dict[str, Any]]:

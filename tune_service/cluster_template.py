@@ -37,6 +37,9 @@ file_mounts:
 @{mounts}\
   # A copy keeps its mode, 600. Ray looks for it there.
   ~/.ray/auth_token: ~/.ray/auth_token
+  # For private models and data of the hub, after `hf auth login` on your machine: the file reaches every rank, and no
+  # command, job or page shows it.
+  # ~/.cache/huggingface/token: ~/.cache/huggingface/token
 rsync_exclude: [__pycache__]
 
 setup_commands:

@@ -64,18 +64,31 @@ class Job:
 class Dashboard:
     """One cluster's dashboard. `address` is what the user wrote, for messages."""
 
-    def __init__(self, url: str, token: str | None, address: str) -> None:
+    def __init__(self, url: str, token: str | None, address: str, host: str | None = None) -> None:
+        """`host`: the head's address, where the URL leads through a tunnel."""
         self._url = url.rstrip("/")
         self._token = token
         self.address = address
-        host = urllib.parse.urlsplit(url).hostname or ""
+        named = urllib.parse.urlsplit(url).hostname or ""
+        is_loopback = named in ("localhost", "127.0.0.1", "::1")
+        self.host = host or (None if is_loopback else named)
+        """The head's address as this machine knows it; None: nothing but a port of its own loopback is known."""
         # A proxy that the environment names leads to the world outside, not to this machine's own ports.
-        proxies: dict[str, str] | None = {} if host in ("localhost", "127.0.0.1", "::1") else None
+        proxies: dict[str, str] | None = {} if is_loopback else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
     def ray_version(self) -> str:
         """Also the first look at the cluster: whether it is there and takes the token."""
         return str(self._json("GET", "/api/version")["ray_version"])
+
+    def refuses_strangers(self) -> bool:
+        """Whether it answers 401 to who shows no token."""
+        stranger = Dashboard(self._url, None, self.address, self.host)
+        try:
+            stranger.ray_version()
+        except DashboardError as error:
+            return error.status == 401
+        return False
 
     def submit(self, job: str, entrypoint: str, metadata: dict[str, str], package: str | None = None) -> None:
         """Starts a job of this id. DashboardError when the id is taken."""
@@ -100,6 +113,12 @@ class Dashboard:
     def log(self, job: str) -> str:
         """All that a job has printed so far."""
         return str(self._json("GET", f"/api/jobs/{urllib.parse.quote(job)}/logs")["logs"] or "")
+
+    def tail(self, job: Job, lines: int) -> str:
+        """The last lines of what a job has printed so far."""
+        name = f"job-driver-{job.id}.log"
+        query = {"node_id": str(job.node_id), "filename": name, "lines": str(lines)}
+        return self._request("GET", f"/api/v0/logs/file?{urllib.parse.urlencode(query)}").decode(errors="replace")
 
     def stop(self, job: str) -> None:
         self._json("POST", f"/api/jobs/{urllib.parse.quote(job)}/stop")

@@ -57,6 +57,10 @@ class LeaseLostError(CommandError):
     """Another process drives the study now: this one may write nothing more."""
 
 
+class RecordUnavailableError(CommandError):
+    """The database that holds a study's record cannot be reached, or refuses what is asked of it."""
+
+
 class StudyHaltedError(CommandError):
     """The study cannot go on for now, and keeps all it has: `resume` goes on when the cause is gone."""
 

@@ -26,8 +26,9 @@ from tune_service.frames import encode
 from tune_service.home import StudyStorage
 from tune_service.status import StudyView
 from tune_service.storages import open_storage
-from tune_service.studies import LocalStudies, view_json
+from tune_service.studies import LocalStudies, to_ranges
 from tune_service.terminal import shown_stream
+from tune_service.views import ViewNews
 
 ANSWER_S = 60.0
 FETCH_S = 2 * 3600.0
@@ -40,9 +41,11 @@ class Answer:
 
     def __init__(self, word: str, stream: TextIO) -> None:
         self._word, self._stream = word, stream
+        self._sent = 0
 
     def send(self, document: Mapping[str, Any]) -> None:
-        self._stream.write(encode(self._word, document))
+        self._sent += 1
+        self._stream.write(encode(self._word, self._sent, document))
         self._stream.flush()
 
     def fail(self, error: BaseException) -> None:
@@ -91,32 +94,31 @@ def _status(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -
 
 
 def _views(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
-    before, end = "", time.monotonic() + ANSWER_S
+    news = ViewNews(request["known"])
 
     def look(view: StudyView) -> None:
-        nonlocal before
-        document = view_json(view)
-        line = json.dumps(document)
-        if line != before:
+        if (document := news.of(view)) is not None:
             answer.send(document)
-            before = line
 
-    _until(end, LocalStudies(storage).views(request["study"]), look, answer)
+    more = _until(time.monotonic() + ANSWER_S, LocalStudies(storage).views(request["study"]), look)
+    answer.send({"more": more})
 
 
 def _logs(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
-    pieces = LocalStudies(storage).logs(request["study"], request["trial"], request["since"])
-    _until(time.monotonic() + ANSWER_S, pieces, lambda piece: answer.send({"piece": asdict(piece)}), answer)
+    studies, name = LocalStudies(storage), request["study"]
+    ended = studies.ended(name)  # by now: at the end of this answer their logs have been read to the end
+    pieces = studies.logs(name, request["trial"], request["since"], request["done"])
+    more = _until(time.monotonic() + ANSWER_S, pieces, lambda piece: answer.send({"piece": asdict(piece)}))
+    answer.send({"more": more, "done": to_ranges(ended)})
 
 
-def _until(end: float, source: Iterator[Any], send: Callable[[Any], None], answer: Answer) -> None:
-    """Sends what comes, and at last whether there is more to come."""
+def _until(end: float, source: Iterator[Any], send: Callable[[Any], None]) -> bool:
+    """Sends what comes, for a time. Whether there is more to come."""
     for each in source:
         send(each)
         if time.monotonic() > end:
-            answer.send({"more": True})
-            return
-    answer.send({"more": False})
+            return True
+    return False
 
 
 def _stop(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
@@ -147,6 +149,12 @@ def _run(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> N
     run_here(storage, answer)
 
 
+def _check(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
+    from tune_service.doctor import check_here
+
+    check_here(storage, request["start_nodes"], request["versions"], answer)
+
+
 def _resume(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     from tune_service.cluster_study import resume_here
 
@@ -162,6 +170,7 @@ QUESTIONS: Mapping[str, Callable[[Mapping[str, Any], StudyStorage, Answer], None
     "where": _where,
     "delete": _delete,
     "best": _best,
+    "check": _check,
     "run": _run,
     "resume": _resume,
 }

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainables.stores import Checkpoints
 from tune_service.lease import Lease
 
 if TYPE_CHECKING:
+    from optuna.study import StudyDirection
+
     from tune_service.journal import StudyJournal
+    from tune_service.postgres import Database
+
+    RecordStorage = StudyJournal | Database
 
 
 class LogFile(Protocol):
@@ -49,11 +54,14 @@ class StudyHome(Protocol):
     def poll_s(self) -> float:
         """How often it is worth a look."""
 
-    def open_journal(self, lease: Lease | None = None) -> StudyJournal:
-        """The record. A driver gives its lease: once that is lost, every write raises LeaseLostError."""
+    def open_record(self, lease: Lease | None = None) -> tuple[RecordStorage, str]:
+        """The record, and the name that the study has in there.
 
-    def new_journal(self, lease: Lease | None = None) -> AbstractContextManager[StudyJournal]:
-        """A new record, there whole when the block ends well and not at all before."""
+        A driver gives its lease: once that is lost, every write raises LeaseLostError.
+        """
+
+    def create_record(self, direction: StudyDirection, attrs: Mapping[str, Any], lease: Lease | None = None) -> None:
+        """A record of a study without trials, there whole or not at all. `attrs` are the study's."""
 
     def driver_is_alive(self) -> bool:
         """Whether some process drives the study; not one that is gone or has been silent for some time."""
@@ -100,6 +108,9 @@ class StudyStorage(Protocol):
     def exports(self) -> Path:
         """The folder for exports that are fetched from elsewhere."""
 
+    def speeds(self, num_bytes: int) -> tuple[float, float]:
+        """Bytes a second that it takes and gives back, by a file of that size. OSError."""
+
     def free_bytes(self) -> int:
         """Of that disk."""
 
@@ -114,5 +125,8 @@ class StudyStorage(Protocol):
 
     def check_writable(self) -> None:
         """An error unless a study can be made here; makes none."""
+
+    def check_record(self, url: str) -> None:
+        """StorageError unless the records of studies in here may lie in a database."""
 
     def create(self, name: str) -> StudyHome: ...

@@ -9,9 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._storage import JournalOperation
+from optuna.study import StudyDirection
 
 from tune_service.lease import Lease, locked
 
@@ -36,6 +38,13 @@ class StudyJournal(JournalStorage):
             common = {"worker_id": self._replay_result.worker_id, "trial_id": trial_id}
             self._backend.append_logs([log | common for log in logs])
             self._sync_with_backend()
+
+
+def begin_study(journal: StudyJournal, name: str, direction: StudyDirection, attrs: Mapping[str, Any]) -> None:
+    """Makes a study without trials."""
+    study = optuna.create_study(storage=journal, study_name=name, direction=direction)
+    for key, value in attrs.items():
+        study.set_user_attr(key, value)
 
 
 class Journal(StudyJournal):

@@ -15,6 +15,7 @@ from tune_service.errors import error_json
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tune_service.check import Check
     from tune_service.live import StudyDisplay
     from tune_service.status import StudyStatus
     from tune_service.studies import StudyRow
@@ -33,6 +34,13 @@ def print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO)
             print(f"error: {problem.place}: {problem.rule}", file=err)
             print(f"  found:    {problem.found}", file=err)
             print(f"  expected: {problem.expected}", file=err, flush=True)
+
+
+def print_check(check: Check) -> None:
+    """One thing that was looked at, and what to do when it is not as it should be."""
+    print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.found}", flush=True)
+    if check.advice:
+        print(f"     {check.advice}", flush=True)
 
 
 def print_rows(found: Sequence[StudyRow], where: str) -> None:

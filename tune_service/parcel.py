@@ -8,16 +8,19 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import sys
+import sysconfig
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from trainables.errors import Problem
 from tune_service.dashboard import MAX_PACKAGE_BYTES
 from tune_service.errors import SpecError
 from tune_service.spec import StudySpec
+from tune_service.storage import RECORDS
 
 _OWN = ".tune-service"
+_OWN_PACKAGES = ("search_spaces", "trainables", "tune_service")
 SPEC = f"{_OWN}/spec.json"
 _DATA, _MODEL = f"{_OWN}/data", f"{_OWN}/model"
 _ORIGINS = f"{_OWN}/origins.json"
@@ -44,6 +47,7 @@ def pack(spec: StudySpec, to: Path) -> None:
             raise SpecError(Problem(f"{section}.{key}", rule, f"no folder {named}", "a folder that exists"))
     if not spec.is_finetune:
         code = _code(spec)
+        _refuse_shadows(spec.folder, code)
         _check_size("trainable", spec.folder, code)
         files |= code
     with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as package:
@@ -88,6 +92,25 @@ def _code(spec: StudySpec) -> dict[str, Path]:
     return found
 
 
+def _refuse_shadows(folder: Path, code: Iterable[str]) -> None:
+    """On a cluster the user's code comes first among all modules: one with a library's name would take its place."""
+    names = {name.removesuffix(".py").removesuffix("/__init__") for name in code if name.endswith(".py")}
+    # A folder without __init__.py takes nobody's place: Python looks on for a package.
+    hidden = sorted(name for name in names if "/" not in name and _is_library(name))
+    if hidden:
+        rule = "no module of your own has the name of a library, whose place it would take on the cluster"
+        found = f"{', '.join(hidden)} in {folder}"
+        expected = "another name, or the spec and its module in a folder of their own"
+        raise SpecError(Problem("trainable", rule, found, expected))
+
+
+def _is_library(name: str) -> bool:
+    if name in sys.stdlib_module_names or name in _OWN_PACKAGES:
+        return True
+    installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return importlib.machinery.PathFinder.find_spec(name, installed) is not None
+
+
 def _files(root: Path) -> dict[str, Path]:
     """Name inside `root` -> file. Leaves out what is hidden, compiled, an environment of Python's, or a storage."""
     return {str(path.relative_to(root)): path for path in _walk(root)}
@@ -99,8 +122,12 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if path.is_file():
             yield path
-        elif path.is_dir() and not (path / "pyvenv.cfg").exists() and not any(path.glob("*/record.journal")):
+        elif path.is_dir() and not (path / "pyvenv.cfg").exists() and not _is_storage(path):
             yield from _walk(path)
+
+
+def _is_storage(folder: Path) -> bool:
+    return any(True for name in RECORDS for _ in folder.glob(f"*/{name}"))
 
 
 def _check_size(key: str, folder: Path, files: dict[str, Path]) -> None:

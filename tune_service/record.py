@@ -24,7 +24,7 @@ from trainables.checkpoint import finite_or_none
 from trainables.errors import BucketError, Problem
 from trainables.fault_points import fault_point
 from trainables.redaction import redacted
-from tune_service.errors import StorageError
+from tune_service.errors import LeaseLostError, RecordUnavailableError, StorageError
 from tune_service.home import StudyHome
 from tune_service.lease import Lease
 from tune_service.record_view import REPORT, RecordView, unreadable
@@ -53,31 +53,33 @@ class Record(RecordView):
 
     @staticmethod
     def create(folder: StudyHome, spec: Mapping[str, Any], sampler: BaseSampler, lease: Lease | None = None) -> Record:
-        """A new record. `spec` holds at least `objective`, `search_space` and `budget`, and is kept as it is.
+        """A new record, where `record` of the spec says. `spec` is kept as it is, and holds at least `objective`,
+        `search_space` and `budget`.
 
-        No reader meets one that says half of this.
+        No reader meets a record that says half of this.
         """
-        direction = direction_of(spec["objective"]["mode"])
-        with folder.new_journal(lease) as storage:
-            study = optuna.create_study(storage=storage, sampler=sampler, study_name=folder.name, direction=direction)
-            study.set_user_attr("format", FORMAT)
-            study.set_user_attr("created_at", _now())
-            study.set_user_attr("spec", dict(spec))
-            study.set_user_attr("budget_trials", spec["budget"]["trials"])
+        attrs = {
+            "format": FORMAT,
+            "created_at": _now(),
+            "spec": dict(spec),
+            "budget_trials": spec["budget"]["trials"],
+        }
+        folder.create_record(direction_of(spec["objective"]["mode"]), attrs, lease)
         return Record.open(folder, sampler, lease)
 
     @staticmethod
     def open(folder: StudyHome, sampler: BaseSampler | None = None, lease: Lease | None = None) -> Record:
-        """The record of an existing study. StorageError when it cannot be read.
+        """The record of an existing study. StorageError when it cannot be read, RecordUnavailableError or BucketError
+        when the database or the bucket that it lies in is away.
 
         A driver gives `sampler` and its `lease`: once that is lost, every write raises LeaseLostError.
         """
         try:
-            storage = folder.open_journal(lease)
-            study = optuna.load_study(study_name=folder.name, storage=storage, sampler=sampler)
+            storage, name = folder.open_record(lease)
+            study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
             version = int(study.user_attrs["format"])
             record = Record(folder, study, storage) if version <= FORMAT else None
-        except BucketError:
+        except (StorageError, RecordUnavailableError, LeaseLostError, BucketError):
             raise
         except Exception as error:  # what Optuna makes of a file that is not its own is anything
             raise unreadable(folder, f"{type(error).__name__}: {error}") from error

@@ -12,8 +12,7 @@ from optuna.trial import TrialState as OptunaState
 
 from trainables.errors import Problem
 from tune_service.errors import StorageError
-from tune_service.home import StudyHome
-from tune_service.journal import StudyJournal
+from tune_service.home import RecordStorage, StudyHome
 from tune_service.status import (
     BestTrial,
     CheckpointStatus,
@@ -40,7 +39,7 @@ _STATES: dict[OptunaState, TrialState] = {
 class RecordView:
     """The record of one study, to be looked at."""
 
-    def __init__(self, folder: StudyHome, study: optuna.Study, storage: StudyJournal) -> None:
+    def __init__(self, folder: StudyHome, study: optuna.Study, storage: RecordStorage) -> None:
         self.folder = folder
         self._study = study
         self._storage = storage
@@ -94,7 +93,7 @@ class RecordView:
 
         Costs next to nothing for those that are: a display looks at 10,000 trials twice a second.
         """
-        # Optuna puts a new object in a trial's place with every change of it.
+        # Optuna, and our Database, put a new object in a trial's place with every change of it.
         now, alive = self._trials(), self.folder.driver_is_alive()
         news = [trial for number, trial in enumerate(now) if number >= len(since) or trial is not since[number]]
         return [self._status(trial, alive, []) for trial in news], now

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,20 @@ from trainables.errors import Problem, UserError
 from tune_service import __version__
 from tune_service.dashboard import Dashboard, DashboardError, Job
 from tune_service.errors import CommandError, RemoteError, StudyExistsError, StudyRunningError
-from tune_service.frames import decode
+from tune_service.frames import decode, newest
 from tune_service.handover import fetch
 from tune_service.status import BestTrial, Display, StudyStatus, StudyView
 from tune_service.storage import check_out
-from tune_service.studies import FarView, LogPiece, StudyRow, status_of
+from tune_service.studies import LogPiece, StudyRow, is_in, trial_of
+from tune_service.views import FarStudy, status_of
 
 QUESTION = "question"
 STUDY = "study"
 POLL_S = 0.1
+LINES = 3
+"""Of a log for each answer."""
+OTHER_LINES = (0, 100)
+"""That something else may have printed in between."""
 SETTLED_S = 300.0
 """A question that ended so long ago is deleted. Whoever asked it may be without a connection for a time."""
 QUEUE_S = 120.0
@@ -42,6 +48,20 @@ class RemoteStudies:
         self._dashboard = dashboard
         self._storage = storage
 
+    @property
+    def address(self) -> str:
+        """As the user wrote it."""
+        return self._dashboard.address
+
+    @property
+    def host(self) -> str | None:
+        """The head's address as this machine knows it."""
+        return self._dashboard.host
+
+    def refuses_strangers(self) -> bool:
+        """Whether the dashboard asks for the token."""
+        return self._dashboard.refuses_strangers()
+
     # Questions
 
     def list(self) -> Iterator[StudyRow]:
@@ -54,24 +74,26 @@ class RemoteStudies:
         return status_of(self._one("status", study=name))
 
     def views(self, name: str) -> Iterator[StudyView]:
-        more = True
+        more, study = True, FarStudy()
         while more:
             more = False
-            for document in self._ask("views", study=name):
+            for document in self._ask("views", study=name, known=study.known()):
                 more = document.get("more", more)
                 if "status" in document:
-                    yield FarView(document)
+                    yield study.take(document)
 
     def logs(self, name: str, trial: int | None) -> Iterator[LogPiece]:
-        more, since = True, dict[str, int]()
+        more, since, done = True, dict[str, int](), list[list[int]]()
         while more:
             more = False
-            for document in self._ask("logs", study=name, trial=trial, since=since):
-                more = document.get("more", more)
+            since = {file: end for file, end in since.items() if not is_in(done, trial_of(file))}
+            for document in self._ask("logs", study=name, trial=trial, since=since, done=done):
                 if "piece" in document:
                     raw = document["piece"]
                     since[raw["file"]] = raw["end"]
                     yield LogPiece(raw["file"], tuple(raw["lines"]), raw["end"])
+                else:
+                    more, done = document["more"], document["done"]
 
     def stop(self, name: str, now: bool) -> StudyStatus:
         try:
@@ -100,18 +122,26 @@ class RemoteStudies:
                 return BestTrial.model_validate(document["best"])
         raise self._silent("best", "no answer")
 
+    def checkup(
+        self, name: str, package: Path, start_nodes: bool, versions: Mapping[str, str]
+    ) -> Generator[Any, None, None]:
+        """What the cluster's doctor says of a study that would come with this package, piece by piece."""
+        uri = self._dashboard.upload(package)
+        return self._ask("check", uri, study=name, start_nodes=start_nodes, versions=versions)
+
     # Studies
 
     def submit(self, name: str, spec_text: str, package: Path, patience_s: float | None = QUEUE_S) -> str:
         """Hands a new study over. Returns its job once the study has begun, or after `patience_s` (None: never)."""
-        job = self._next_job(name, StudyExistsError)
+        job = self._next_job(name, StudyExistsError, f"another name (--name), or `tune-service stop {name}` first")
         uri = self._dashboard.upload(package)
         self._start(name, job, "run", {"spec": spec_text}, uri, patience_s)
         return job
 
     def resume(self, name: str, trials: str | None, display: Display) -> StudyStatus:
         """Starts a new job for the study and follows it to its end."""
-        job = self._next_job(name, StudyRunningError)
+        expected = f"`tune-service watch {name}` to follow it, or `tune-service stop {name}` first"
+        job = self._next_job(name, StudyRunningError, expected)
         self._start(name, job, "resume", {}, None, None, trials=trials)
         display.tell(f"study {name} goes on as job {job}; it does not need this command")
         return self.follow(name, display)
@@ -122,13 +152,12 @@ class RemoteStudies:
             display.show(view)
         return self.status(name)
 
-    def _next_job(self, name: str, error: type[UserError]) -> str:
+    def _next_job(self, name: str, error: type[UserError], expected: str) -> str:
         """An id for the study's next job. Raises `error` while it has a living one, even one that only waits."""
         jobs = self._jobs(name)
         for job in self._living(name):
             rule = "a study is driven by one job"
             found = f"job {job.id} is {job.status.lower()}"
-            expected = f"another name (--name), or `tune-service stop {name}` first"
             raise error(Problem("name", rule, found, expected))
         numbers = [int(job.id.rpartition("-")[2]) for job in jobs if job.id.rpartition("-")[2].isdecimal()]
         return f"{name}-{max(numbers, default=0) + 1}"
@@ -157,7 +186,8 @@ class RemoteStudies:
             if self._dashboard.job(job) is None:
                 raise
             found = f"job {job} was handed in at the same moment"  # its id is the lock: Ray takes it once
-            raise StudyExistsError(Problem("name", "is not taken", found, "another name (--name)")) from error
+            expected = f"another name (--name), or `tune-service watch {name}`"
+            raise StudyExistsError(Problem("name", "a study is driven by one job", found, expected)) from error
         for document in self._answers(request, job, patience_s):
             if "begun" in document:
                 return
@@ -169,7 +199,7 @@ class RemoteStudies:
             return document
         raise self._silent(what, "no answer")
 
-    def _ask(self, what: str, **arguments: Any) -> Generator[Any, None, None]:
+    def _ask(self, what: str, package: str | None = None, **arguments: Any) -> Generator[Any, None, None]:
         """The documents that answer a question. Raises what the head says is wrong."""
         request = self._request(what, **arguments)
         job = f"{QUESTION}-{what}-{request['word']}"
@@ -177,7 +207,7 @@ class RemoteStudies:
         metadata = {QUESTION: title, "job_name": title}
         is_answered = False
         try:
-            self._dashboard.submit(job, _entrypoint(request), metadata)
+            self._dashboard.submit(job, _entrypoint(request), metadata, package)
             yield from self._answers(request, job)
             is_answered = True
         finally:
@@ -193,13 +223,13 @@ class RemoteStudies:
     def _answers(self, request: Mapping[str, Any], job: str, patience_s: float | None = None) -> Iterator[Any]:
         """What the head answers, as it comes, until its end; with patience, no longer than that."""
         dashboard, word = self._dashboard, request["word"]
-        began, position, pause_s = time.monotonic(), 0, POLL_S
+        began, number = time.monotonic(), 0
         while True:
             asked = time.monotonic()
             # Before the log, which is whole then if the job has ended.
             found = dashboard.patiently(lambda: dashboard.job(job))
-            log = dashboard.patiently(lambda: dashboard.log(job)) if found and found.status != "PENDING" else ""
-            documents, position = decode(word, log, position)
+            log = dashboard.patiently(partial(self._news, found, word, number)) if found else ""
+            documents, number = decode(word, log, number)
             for document in documents:
                 if "version" in document:
                     self._compare(document["version"])
@@ -210,12 +240,29 @@ class RemoteStudies:
                 else:
                     yield document | {"node_id": found and found.node_id}
             if found is None or found.has_ended:
-                raise self._silent(request["what"], _why(found, log))
+                raise self._silent(request["what"], _why(found, dashboard.log(job) if found else ""))
             if patience_s is not None and time.monotonic() - began > patience_s:
                 return
             took_s = time.monotonic() - asked
-            pause_s = max(POLL_S, 2 * took_s)  # a long log is not fetched all the time
-            time.sleep(pause_s)
+            time.sleep(max(POLL_S, 2 * took_s))  # a long log is not fetched all the time
+
+    def _news(self, job: Job, word: str, number: int) -> str:
+        """The end of the job's log that has the answers after the one of this number; where that cannot be told, all.
+
+        A follower's first answer can be a megabyte, and is not fetched with every look.
+        """
+        if job.status == "PENDING":
+            return ""
+        if number and job.node_id is not None:
+            last = newest(word, self._dashboard.tail(job, 1))
+            if last == number:
+                return ""
+            if last is not None:
+                for others in OTHER_LINES:
+                    tail = self._dashboard.tail(job, LINES * (last - number) + others)
+                    if decode(word, tail, number)[1] >= last:
+                        return tail
+        return self._dashboard.log(job.id)
 
     def _compare(self, version: str) -> None:
         if version != __version__:

@@ -110,6 +110,7 @@ def spec_for_trial(spec: StudySpec, params: Mapping[str, Value], name: str | Non
         search_space=SearchSpace({key: Choice((value,)) for key, value in params.items()}),
         scheduler=SchedulerSpec(name="none"),
         budget=BudgetSpec(trials=1),
+        record=None,  # whoever trains it again has a file, not a place in somebody's database
     )
 
 

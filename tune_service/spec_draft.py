@@ -17,6 +17,7 @@ from trainables.config import Settings
 from trainables.errors import Problem
 from trainables.redaction import HIDDEN, redacted, secret_places
 from tune_service.errors import SpecError
+from tune_service.record_url import NO_PASSWORD
 from tune_service.spec_sections import KEYS
 from tune_service.spec_yaml import read_yaml
 
@@ -70,6 +71,7 @@ class Draft:
         """A fault for each secret in the spec, which is then gone from it: no later message can show it."""
         for key in list(secret_places(self.raw)):
             expected = "an environment variable, which the ranks see too; the trainable reads it there"
+            expected = NO_PASSWORD if key == "record" else expected
             self.fault(key, "a spec holds no secret: its study keeps and exports it", "one (not shown)", expected)
         self.raw = _without_secrets(self.raw)
 

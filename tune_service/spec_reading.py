@@ -16,6 +16,7 @@ from search_spaces.domains import EXAMPLES
 from trainables.config import DataConfig, ModelConfig, Settings, TrainingConfig
 from trainables.errors import Problem
 from trainables.glue import default_metric
+from tune_service.record_url import fault_of
 from tune_service.spec_draft import Draft, nearest, show
 from tune_service.spec_sections import (
     FINETUNE,
@@ -53,8 +54,6 @@ def read_sections(draft: Draft, folder: Path, here: bool) -> StudySpec:
     for key in draft.raw:
         if key not in KEYS:
             draft.unknown(str(key), key, KEYS, "a spec")
-    if draft.raw.get("record") is not None:
-        draft.fault("record", "a study's record is a file in its storage", draft.raw["record"], "null")
     trainable = draft.raw.get("trainable") or FINETUNE
     if trainable != FINETUNE and not (isinstance(trainable, str) and _FUNCTION.fullmatch(trainable)):
         rule = "a trainable is `finetune` or a function of the user's own"
@@ -70,6 +69,7 @@ def read_sections(draft: Draft, folder: Path, here: bool) -> StudySpec:
         data=data,
         training=_section(draft, "training", TrainingConfig) if is_finetune else _own_training(draft),
         search_space=_read_search_space(draft, is_finetune),
+        record=_read_record(draft),
         trainable=trainable,
         folder=folder,
         **sections,
@@ -181,6 +181,15 @@ def _read_data(draft: Draft, folder: Path, here: bool) -> DataConfig | None:
         rule = f"`path` is a folder that exists, beside the spec ({folder}) or in the working directory"
         draft.fault("data.path", rule, data.path, "a folder that holds train and validation")
     return data.model_copy(update={"path": str(found or folder / data.path)})
+
+
+def _read_record(draft: Draft) -> str | None:
+    url = draft.raw.get("record") if draft.sound("record") else None
+    fault = fault_of(url) if url is not None else None
+    if fault is None:
+        return url
+    draft.fault("record", fault.rule, fault.found, fault.expected)
+    return None
 
 
 def _existing_folder(written: str, folder: Path) -> Path | None:

@@ -100,7 +100,8 @@ class StudySpec:
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
     checkpoints: CheckpointSpec = field(default_factory=CheckpointSpec)
     faults: FaultSpec = field(default_factory=FaultSpec)
-    record: None = None
+    record: str | None = None
+    """postgresql://user@host:port/database, without a password; null: a file in the storage."""
     trainable: str = FINETUNE
     """`finetune`, or package.module:function."""
     folder: Path = field(default_factory=Path.cwd, compare=False)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainables.bucket import is_url
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import Problem
-from tune_service.errors import OutputNotEmptyError, StorageError, StudyExistsError, StudyNotFoundError
+from tune_service.errors import (
+    OutputNotEmptyError,
+    RecordUnavailableError,
+    StorageError,
+    StudyExistsError,
+    StudyNotFoundError,
+)
 from tune_service.lease import Lease, is_held, taken
 
 if TYPE_CHECKING:
-    from tune_service.journal import Journal
+    from optuna.study import StudyDirection
+
+    from tune_service.home import RecordStorage
+
+RECORDS = ("record.journal", "record.json")
+"""A folder with one of these is a study: the record itself, or where it is."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +56,44 @@ class StudyFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
-        self.journal = path / "record.journal"
+        self.journal, self.pointer = (path / name for name in RECORDS)
+        """Where the record lies that is in a database; the study has no journal then."""
         self.journal_lock = path / "record.lock"
         self.driver_lock = path / "driver.lock"
         self._driver_log = path / "driver.log"
         self.logs = path / "logs"
         self._shipped = path / "shipped"
         self.checkpoints = CheckpointStore(path / "checkpoints")
-        self.where, self.record_where = str(path), str(self.journal)
+        self.where = str(path)
         self.logs_where = str(self.logs)
 
-    def open_journal(self, lease: Lease | None = None) -> Journal:
-        from tune_service.journal import Journal
+    def open_record(self, lease: Lease | None = None) -> tuple[RecordStorage, str]:
+        if not self.pointer.exists():
+            from tune_service.journal import Journal
 
-        return Journal(self.journal, self.journal_lock, lease)
+            return Journal(self.journal, self.journal_lock, lease), self.name
+        from tune_service.postgres import Database  # SQLAlchemy loads only where it is needed
 
-    @contextmanager
-    def new_journal(self, lease: Lease | None = None) -> Iterator[Journal]:
-        """Written beside and renamed."""
-        from tune_service.journal import Journal
+        database = Database(self.pointer, lease)
+        return database, database.study_name
+
+    def create_record(self, direction: StudyDirection, attrs: Mapping[str, Any], lease: Lease | None = None) -> None:
+        """A journal is written beside and renamed."""
+        url = attrs["spec"].get("record")
+        if url is not None:
+            from tune_service.database import create_record
+
+            create_record(url, self.pointer, direction, attrs)
+            return
+        from tune_service.journal import Journal, begin_study
 
         unfinished = self.journal.with_suffix(".new")
-        yield Journal(unfinished, self.journal_lock)
+        begin_study(Journal(unfinished, self.journal_lock), self.name, direction, attrs)
         unfinished.replace(self.journal)
+
+    @property
+    def record_where(self) -> str:
+        return str(self.pointer if self.pointer.exists() else self.journal)
 
     def rank_logs(self, trial: int | None = None) -> list[FileLog]:
         paths = sorted(self.logs.glob("*.log" if trial is None else f"trial-{trial:05d}-*.log"))
@@ -94,9 +121,19 @@ class StudyFolder:
         return origins(self._shipped)
 
     def abandon(self) -> None:
+        with suppress(RecordUnavailableError, StorageError):
+            self.erase_record()
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def erase_record(self) -> None:
+        """Removes what of it lies outside of this folder. RecordUnavailableError."""
+        if self.pointer.exists():
+            from tune_service.database import erase
+
+            erase(self.pointer)
+
     def remove(self) -> int:
+        self.erase_record()
         num_bytes = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
         doomed = self.path.with_name(f".deleted-{self.path.name}")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -117,8 +154,8 @@ class Storage:
 
     def studies(self) -> list[StudyFolder]:
         """All studies, by name."""
-        found = (path.parent for path in sorted(self.root.glob("*/record.journal")))
-        return [StudyFolder(path) for path in found if not path.name.startswith(".")]
+        found = {path.parent for name in RECORDS for path in self.root.glob(f"*/{name}")}
+        return [StudyFolder(path) for path in sorted(found) if not path.name.startswith(".")]
 
     def study(self, name: str) -> StudyFolder:
         """An existing study. StudyNotFoundError otherwise."""
@@ -157,8 +194,28 @@ class Storage:
     def disk(self) -> Path:
         return self._place()
 
+    def check_record(self, url: str) -> None:
+        """They may."""
+
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.disk).free
+
+    def speeds(self, num_bytes: int) -> tuple[float, float]:
+        path, data = self._place() / f".check-{os.getpid()}", os.urandom(num_bytes)
+        try:
+            started = time.monotonic()
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                written_s = time.monotonic() - started
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it is read from memory
+            started = time.monotonic()
+            if path.read_bytes() != data:
+                raise OSError("it gave back another content")
+            return num_bytes / written_s, num_bytes / (time.monotonic() - started)
+        finally:
+            path.unlink(missing_ok=True)
 
     def _place(self) -> Path:
         """The root, or where it would be made."""

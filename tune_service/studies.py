@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tune_service.errors import StorageError
+from tune_service.errors import RecordUnavailableError, StorageError
 from tune_service.home import StudyStorage
-from tune_service.status import BestTrial, Display, Moment, StudyState, StudyStatus, StudyView, TrialStatus
+from tune_service.status import BestTrial, Display, StudyState, StudyStatus, StudyView
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class LocalStudies:
         for folder in self._storage.studies():
             try:
                 found = Record.open(folder).status()
-            except StorageError as error:  # one broken record hides no other study
+            except (StorageError, RecordUnavailableError) as error:  # one broken record hides no other study
                 print(f"left out {error}", file=sys.stderr)
                 continue
             yield StudyRow(found.study, found.state, len(found.trials), found.best, found.objective.metric)
@@ -98,13 +97,28 @@ class LocalStudies:
             time.sleep(record.folder.poll_s)
         yield record
 
-    def logs(self, name: str, trial: int | None, since: Mapping[str, int] | None = None) -> Iterator[LogPiece]:
-        """With `since`, file by file from that byte on."""
+    def ended(self, name: str) -> Sequence[int]:
+        """The trials that have ended."""
+        from tune_service.record import Record
+
+        trials, _ = Record.open(self._storage.study(name)).changed(())
+        return [trial.number for trial in trials if trial.ended_at is not None]
+
+    def logs(
+        self,
+        name: str,
+        trial: int | None,
+        since: Mapping[str, int] | None = None,
+        done: Sequence[Sequence[int]] = (),
+    ) -> Iterator[LogPiece]:
+        """With `since`, file by file from that byte on; without the trials in the ranges `done`."""
         folder = self._storage.study(name)
         shown = dict(since or {})
         while True:
             alive = folder.driver_is_alive()
             for path in folder.rank_logs(trial):
+                if done and is_in(done, trial_of(path.name)):
+                    continue
                 begin = shown.get(path.name, 0)
                 text = path.read(begin)
                 if alive:  # the last line may not be whole yet
@@ -141,34 +155,21 @@ class LocalStudies:
         return resume_study(name, trials, self._storage, display)
 
 
-def view_json(view: StudyView) -> dict[str, Any]:
-    """A view for another process: `status` as the contract has it, and what only displays need."""
-    status = view.status()
-    extra = {"budget_trials": view.budget_trials, "baseline": view.baseline, "notice": view.notice}
-    return {"status": status.to_json(), **extra}
+def trial_of(file: str) -> int:
+    """The trial that a rank's log is of, by its name."""
+    return int(file.split("-")[1])
 
 
-class FarView:
-    """A view that came from another process."""
-
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self._status = status_of(document)
-        self.objective = self._status.objective
-        self.budget_trials: int = document["budget_trials"]
-        self.baseline: float | None = document["baseline"]
-        self.notice: str | None = document["notice"]
-
-    def trials(self) -> list[TrialStatus]:
-        return list(self._status.trials)
-
-    def changed(self, since: Moment) -> tuple[list[TrialStatus], Moment]:
-        now = self._status.trials
-        return [trial for number, trial in enumerate(now) if [trial] != list(since[number : number + 1])], now
-
-    def status(self) -> StudyStatus:
-        return self._status
+def to_ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """[first, last] of each run of numbers that follow one another: short however many there are."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ranges
 
 
-def status_of(document: Mapping[str, Any]) -> StudyStatus:
-    """The status in a document of another process."""
-    return StudyStatus.model_validate_json(json.dumps(document["status"] | {"notice": document["notice"]}))
+def is_in(ranges: Sequence[Sequence[int]], number: int) -> bool:
+    return any(first <= number <= last for first, last in ranges)

@@ -15,6 +15,7 @@ from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import (
     CommandError,
     LeaseLostError,
+    RecordUnavailableError,
     SpecError,
     StorageError,
     StudyHaltedError,
@@ -160,6 +161,9 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
     except BaseException as error:
         with suppress(BucketError):  # a store that is away says nothing of other drivers
             lease.check()
+        away = _record_away(error)
+        if away is not None:
+            raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
         reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {what}"
         if isinstance(error, StorageUnavailableError) or storage_is_away(error):
@@ -167,6 +171,14 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
         raise
     finally:
         _put_in_line(record, reason, display)
+
+
+def _record_away(error: BaseException) -> RecordUnavailableError | None:
+    """What Tune made an error of its own of, when it was that the record's database is away."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, RecordUnavailableError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _abort_of(name: str, place: Place, display: Display) -> Callable[[str], None]:
@@ -183,8 +195,8 @@ def _put_in_line(record: Record, reason: str, display: Display) -> None:
     """Trials without an end wait for `resume`. Where the record cannot say so, it is true all the same."""
     try:
         record.pause_all(reason)
-    except (OSError, StorageError, LeaseLostError):  # what went wrong before is what is to be told
-        return
+    except (OSError, StorageError, RecordUnavailableError, LeaseLostError):
+        return  # what went wrong before is what is to be told
     display.show(record)
 
 

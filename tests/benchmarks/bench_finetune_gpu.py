@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import show
+from machine import has_gpu, show
 
 
 def settings(max_epochs: int, **training: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def contender(name: str) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         print("RESULT" + json.dumps(contender(sys.argv[1])), flush=True)
-    elif subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode:
+    elif not has_gpu():
         print("bench_finetune_gpu: no GPU here, nothing measured")
     else:
         results: dict[str, Any] = {}

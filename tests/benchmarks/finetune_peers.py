@@ -127,7 +127,7 @@ def plain_loop(
     return times
 
 
-def _examples(data: Encoded, labels: np.ndarray) -> Iterator[dict[str, Any]]:
+def examples(data: Encoded, labels: np.ndarray) -> Iterator[dict[str, Any]]:
     for row in range(len(data)):
         part = slice(data.offsets[row], data.offsets[row + 1])
         example = {"input_ids": data.ids[part].tolist(), "attention_mask": [1] * int(data.lengths[row])}
@@ -158,7 +158,7 @@ def hugging_face(settings: dict[str, Any], device: str, folder: str) -> Times:
     """Trainer with dynamic padding; bf16 on a GPU. Its evaluation is in bf16 there too."""
     os.environ.pop("LOCAL_RANK", None)  # else it looks for other ranks
     tokenizer, splits = encoded(settings)
-    rows = {name: list(_examples(data, labels)) for name, (data, labels) in splits.items()}
+    rows = {name: list(examples(data, labels)) for name, (data, labels) in splits.items()}
     times = Times([], [], int(splits["train"][0].lengths.sum()))
     arguments = TrainingArguments(
         output_dir=folder,

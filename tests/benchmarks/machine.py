@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,6 +26,11 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("ray", "optuna", "torch", "transformers", "colossalai")},
     }
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver answers."""
+    return shutil.which("nvidia-smi") is not None and not subprocess.run(["nvidia-smi"], capture_output=True).returncode
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

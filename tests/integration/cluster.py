@@ -43,10 +43,10 @@ class Cluster:
         )
         wait_until(lambda: self.num_nodes() == 1, 60.0, "the head")
 
-    def add_worker(self, cpus: int) -> int:
-        """Another node. Returns the pid of its first process."""
+    def add_worker(self, cpus: int, path: str = "") -> int:
+        """Another node, with modules that come first there. Returns the pid of its first process."""
         before = self.num_nodes()
-        pid = self._start("worker", f"--address=127.0.0.1:{self._port} --num-cpus={cpus}", {}, self.is_divided)
+        pid = self._start("worker", f"--address=127.0.0.1:{self._port} --num-cpus={cpus}", {}, self.is_divided, path)
         log = self.folder / "worker.log"
         wait_until(lambda: self.num_nodes() == before + 1, 60.0, f"a worker; see {log}")
         return pid
@@ -98,7 +98,9 @@ class Cluster:
         psutil.wait_procs(self.processes(), timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, name: str, options: str, resources: dict[str, int], is_divided: bool = False) -> int:
+    def _start(
+        self, name: str, options: str, resources: dict[str, int], is_divided: bool = False, path: str = ""
+    ) -> int:
         command = (
             f"exec {sys.executable} -m ray.scripts.scripts start {options} --node-ip-address=127.0.0.1 "
             f"--dashboard-agent-listen-port=0 --object-store-memory=100000000 --block "
@@ -111,7 +113,7 @@ class Cluster:
             before = ["unshare", "--mount", "--propagation", "private"]
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{path}{os.pathsep if path else ''}{ROOT}",
             "RAY_TMPDIR": str(self.folder / "ray"),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cloud import Cloud
 from cluster_lab import FILE, LabCluster
-from lab import Lab, require_lab
+from lab import HOME, Lab, require_lab
 from program import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -80,13 +80,42 @@ def test_ssh_is_moved_to_another_address_and_closed_before_ray_up(cloud: Cloud, 
         assert open_to_outside(cloud, group) == [("tcp", 22, 22, "10.77.0.1/32")]
 
 
+def doctor(cluster: LabCluster, *options: str, code: int) -> dict[str, dict[str, Any]]:
+    """What `check` says on the head, of a study that needs a GPU."""
+    folder = HOME / "check"
+    place = cluster.head.outside(folder)
+    place.mkdir(exist_ok=True)
+    (place / "oven.py").write_text("def bake(context):\n    yield from ()\n")
+    spec = "{name: oven, trainable: 'oven:bake', search_space: {x: {choice: [1]}}, objective: {metric: score}}"
+    (place / "oven.yaml").write_text(spec)
+    command = ("tune-service", "check", str(folder / "oven.yaml"), "--address", "http://127.0.0.1:8265", "--json")
+    run = cluster.on_head(*command, *options, timeout_s=300)
+    assert run.code == code, run
+    return {each["name"]: each for each in run.json["checks"]}
+
+
+def test_the_doctor_of_a_cluster_without_workers_starts_one_only_when_it_is_told_to(
+    cloud: Cloud, cluster: LabCluster
+) -> None:
+    checks = doctor(cluster, code=0)
+    assert checks["resources"]["found"].startswith("no worker node now; at most 4 x (8 CPUs, 1 GPUs)")
+    assert checks["step"]["found"] == "not looked at: no worker node is up"
+    assert checks["all-reduce"]["advice"].startswith("--start-nodes")
+    assert len(cloud.instances()) == 1
+    checks = doctor(cluster, "--start-nodes", code=1)
+    # The stand-in's machines have no GPU, whatever they offer.
+    assert {name for name, check in checks.items() if not check["ok"]} == {"nodes", "all-reduce"}
+    assert checks["nodes"]["found"].endswith("offers 1 GPUs, its driver lists 0")
+    wait_until(lambda: len(running(cloud)) == 1, 120, "the idle worker to be terminated")
+
+
 def test_a_demand_for_a_gpu_brings_a_spot_worker_which_goes_when_it_is_idle(cloud: Cloud, cluster: LabCluster) -> None:
     code = "import ray; ray.init(); print(ray.get(ray.remote(num_gpus=1)(lambda: 6 * 7).remote()))"
     submit = ("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--", "python", "-c", code)
     done = cluster.on_head(*submit, timeout_s=240)
     assert done.code == 0 and "\n42\n" in done.out, done
-    (worker,) = [each for each in cloud.instances() if each["InstanceType"] == "g5.2xlarge"]
-    assert worker["InstanceLifecycle"] == "spot"
+    workers = [each for each in cloud.instances() if each["InstanceType"] == "g5.2xlarge"]
+    assert {worker["InstanceLifecycle"] for worker in workers} == {"spot"}
     wait_until(lambda: len(running(cloud)) == 1, 120, "the idle worker to be terminated")
     assert running(cloud)[0]["InstanceType"] == "m6i.xlarge"
 

@@ -7,6 +7,7 @@ disk, which no other machine sees.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -124,6 +125,17 @@ def test_the_ports_that_answer_without_the_token_are_the_three_that_are_named(cl
         port for port in listening if cluster.http_status(worker, f"http://{head.ip}:{port}/metrics") == "200"
     }
     assert open_ports == {44217, 44227, 8090}
+
+
+def test_the_doctor_finds_nothing_wrong_and_tells_those_ports(cluster: LabCluster) -> None:
+    write_spec(cluster.lab.client)
+    checks = {each["name"]: each for each in tune(cluster, "check", str(HOME / "inputs/films.yaml"))["checks"]}
+    assert [check for check in checks.values() if not check["ok"]] == []
+    assert "2 ranks by gloo" in checks["all-reduce"]["found"]
+    metrics = checks["ports"]["found"].partition("tell Ray's metrics: ")[2]
+    assert {44217, 44227, 8090} == {int(port) for port in re.findall(r":(\d+) \(", metrics.partition(" speak ")[0])}
+    reached = checks["reach"]["found"]
+    assert reached.startswith("from here, over a private network") and f":{DASHBOARD_PORT} " not in reached
 
 
 def test_a_trial_takes_both_machines_and_goes_on_when_one_of_them_comes_back(cluster: LabCluster) -> None:

@@ -1,0 +1,106 @@
+"""How long a study will take, from the steps that one trial was timed with. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainables.worker import START_DEADLINE_S
+from tune_service.check import Check
+from tune_service.kept import BYTES_PER_PARAMETER
+from tune_service.scheduler import Asha
+from tune_service.spec import ResourcesSpec, StudySpec
+
+HOUR_S = 3600.0
+PLAYED_STUDIES, PLAYED_TRIALS = 40, 200
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a study of `finetune`: the first number if ASHA stops what it is expected to, the second if nothing stops."""
+
+    epochs: tuple[float, float]
+    """Of all trials together."""
+    epoch_s: tuple[float, float]
+    """One of them, evaluation and checkpoint included; the second while all that share a GPU work."""
+    wall_s: tuple[float, float]
+    gpu_hours: tuple[float, float]
+
+    def __str__(self) -> str:
+        used = f", {_range(*self.gpu_hours, 'GPU hours')}" if self.gpu_hours[1] else ""
+        return (
+            f"{_times(*self.wall_s)}{used}: {self.epochs[0]:.0f} epochs if ASHA stops what it is expected to, "
+            f"{self.epochs[1]:.0f} if nothing stops, of {_times(*self.epoch_s)} each with evaluation and checkpoint, "
+            f"by the steps that were timed"
+        )
+
+
+def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_bytes_s: float) -> Estimate:
+    """`at_once`: trials that run side by side; `storage_bytes_s`: what the storage takes, all trials together."""
+    trials, resources = spec.budget.trials, spec.resources
+    save_s = BYTES_PER_PARAMETER * step["parameters"] / storage_bytes_s
+    alone_s = step["train_rows"] * step["train_row_s"] + step["eval_rows"] * step["eval_row_s"] + save_s
+    epoch_s = alone_s, alone_s * min(sharing(resources), max(1, at_once))
+    most = float(trials * spec.max_epochs)
+    epochs = (min(most, expected_epochs(spec)), most)
+    at_once = max(1, min(at_once, trials))
+    wall = tuple(
+        max(number * each / at_once, spec.max_epochs * each, number * save_s)
+        for number, each in zip(epochs, epoch_s, strict=True)
+    )
+    gpus = resources.workers * resources.gpus_per_worker
+    hours = tuple(number * each * gpus / HOUR_S for number, each in zip(epochs, epoch_s, strict=True))
+    return Estimate(epochs, epoch_s, (wall[0], wall[1]), (hours[0], hours[1]))
+
+
+def expected_epochs(spec: StudySpec) -> float:
+    """Of all trials, by ASHA itself on trials that come in an order which says nothing of how good they are.
+
+    A sampler that finds ever better ones has more of them go on.
+    """
+    trials, max_epochs, asha = spec.budget.trials, spec.max_epochs, spec.scheduler
+    if asha.name != "asha":
+        return float(trials * max_epochs)
+    played = min(trials, PLAYED_TRIALS)
+    random = np.random.default_rng(0)
+    epochs = 0
+    for _ in range(PLAYED_STUDIES):
+        scheduler = Asha(asha.grace_period, asha.reduction_factor, max_epochs, maximize=True, metric="")
+        for number, value in enumerate(random.permutation(played)):
+            epochs += _epochs(scheduler, number, float(value), max_epochs)
+    return epochs / PLAYED_STUDIES * trials / played
+
+
+def _epochs(scheduler: Asha, number: int, value: float, max_epochs: int) -> int:
+    """How many epochs ASHA lets a trial run that has this value in each of them."""
+    for epoch in range(1, max_epochs):
+        scheduler.add(number, epoch, value)
+        if scheduler.stop_reason(number, epoch) is not None:
+            return epoch
+    return max_epochs
+
+
+def too_long(spec: StudySpec, found: Estimate) -> Check | None:
+    """A trial whose epoch takes longer than a silent rank is waited for would be ended again and again."""
+    deadline_s = spec.faults.step_timeout_s or START_DEADLINE_S
+    if found.epoch_s[1] <= deadline_s:
+        return None
+    told = f"an epoch takes {_times(*found.epoch_s)}, and a rank that is silent for {deadline_s:.0f} s is ended"
+    return Check("estimate", False, told, f"faults.step_timeout_s: {3 * found.epoch_s[1]:.0f}", code=2)
+
+
+def sharing(resources: ResourcesSpec) -> int:
+    """How many ranks share a GPU."""
+    return max(1, int(1 / resources.gpus_per_worker + 1e-9)) if resources.gpus_per_worker else 1
+
+
+def _times(low_s: float, high_s: float) -> str:
+    size, unit = (1.0, "s") if high_s < 120 else (60.0, "min") if high_s < 2 * HOUR_S else (HOUR_S, "h")
+    return _range(low_s / size, high_s / size, unit)
+
+
+def _range(low: float, high: float, unit: str) -> str:
+    texts = [f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in (low, high)]
+    return f"{texts[0]} {unit}" if texts[0] == texts[1] else f"{texts[0]} to {texts[1]} {unit}"
