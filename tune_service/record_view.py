@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -12,7 +12,7 @@ from optuna.trial import TrialState as OptunaState
 
 from trainables.errors import Problem
 from tune_service.errors import StorageError
-from tune_service.home import RecordStorage, StudyHome
+from tune_service.home import StudyHome
 from tune_service.status import (
     BestTrial,
     CheckpointStatus,
@@ -26,6 +26,9 @@ from tune_service.status import (
     best_report,
     best_trial,
 )
+
+if TYPE_CHECKING:
+    from tune_service.home import RecordStorage
 
 REPORT = "report:"
 """What the names of the attributes begin with that hold an epoch's metrics; the epoch follows."""
