@@ -71,6 +71,7 @@ def test_the_users_code_goes_along_without_what_is_hidden_compiled_or_a_result(
     for name in ("bakery.py", "recipes/rye.json", ".git/HEAD", "__pycache__/a.pyc", "venv/pyvenv.cfg", "venv/lib/b.py"):
         touch(here / name)
     touch(here / "studies/old/record.journal")
+    touch(here / "more-studies/old/record.json")
     assert sorted(packed(own(here), tmp_path)) == [ORIGINS, SPEC, "bakery.py", "recipes/rye.json"]
 
 

@@ -14,8 +14,6 @@ import psycopg
 import pytest
 from optuna.storages import RDBStorage
 from postgres_server import PASSWORD, Server
-from sqlalchemy import event
-from sqlalchemy.exc import OperationalError
 from test_driver import ASHA, HandDriven, toy_spec
 
 from tune_service import database
@@ -251,20 +249,27 @@ def backend_of(session: Any) -> int:
     return int(session.connection().connection.dbapi_connection.info.backend_pid)
 
 
-@pytest.mark.parametrize("doing", ["create", "end", "ask again"])
-def test_a_commit_whose_answer_was_lost_is_not_done_twice(doing: str, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("doing", "commit"), [("create", 1), ("end", 3), ("ask again", 2)])
+def test_a_commit_whose_answer_was_lost_is_not_done_twice(
+    doing: str, commit: int, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`commit`: which one of what is done so, the one that cannot be done twice."""
     study = Study(tmp_path, url, budget={"trials": 2})
     if doing != "create":
         study.begin()
     if doing == "ask again":
         study.record.pause_all("interrupted")
-    losses = iter([True])
+    losses = iter([number == commit for number in range(1, commit + 1)])
 
-    def lose(_: Any) -> None:
+    dialect = study.record._storage._backend.engine.dialect  # type: ignore[union-attr]
+    whole = dialect.do_commit
+
+    def lose(connection: Any) -> None:
+        whole(connection)
         if next(losses, False):
-            raise OperationalError("COMMIT", {}, psycopg.OperationalError("server closed the connection unexpectedly"))
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
 
-    event.listen(study.record._storage._sessions, "after_commit", lose)  # type: ignore[union-attr]
+    monkeypatch.setattr(dialect, "do_commit", lose)
     if doing == "end":
         study.record.fail(0, "an egg was bad")
         assert [trial.state for trial in study.record.trials()] == ["failed"]

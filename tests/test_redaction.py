@@ -25,7 +25,7 @@ LOOKS = [
 @pytest.mark.parametrize(
     "name",
     "token hf_token HF_TOKEN authToken api_key API_KEY openai-api-key aws_secret_access_key password db_password"
-    " client_secret private_key credentials".split(),
+    " client_secret private_key credentials PGPASSWORD sslpassword".split(),
 )
 def test_a_key_that_is_plainly_one_of_a_secret(name: str) -> None:
     assert names_secret(name)

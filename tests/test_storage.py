@@ -42,11 +42,12 @@ def test_a_storage_that_does_not_exist_yet_has_no_studies(storage: Storage) -> N
 def test_studies_come_by_name_and_a_folder_without_a_record_is_none(storage: Storage) -> None:
     for name in ("b", "a"):
         create(storage, name)
+    storage.create("in-database").pointer.write_text("{}\n")
     storage.create("empty")
     (storage.root / "file").write_text("")
-    assert [study.name for study in storage.studies()] == ["a", "b"]
+    assert [study.name for study in storage.studies()] == ["a", "b", "in-database"]
     assert storage.study("a").path == storage.root / "a"
-    with pytest.raises(StudyNotFoundError, match="one of: a, b"):
+    with pytest.raises(StudyNotFoundError, match="one of: a, b, in-database"):
         storage.study("empty")
 
 
