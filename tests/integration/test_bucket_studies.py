@@ -34,14 +34,16 @@ def program(shared: Program, store: Store) -> Program:
 
 
 def changes(**training: Any) -> dict[str, Any]:
-    return {"training": {"max_epochs": EPOCHS, **training}, "budget": {"trials": 2, "concurrent_trials": 1}}
+    """Two trials, one after the other; one that is held is not taken for one that hangs."""
+    budget, faults = {"trials": 2, "concurrent_trials": 1}, {"step_timeout_s": 240}
+    return {"training": {"max_epochs": EPOCHS, **training}, "budget": budget, "faults": faults}
 
 
 def start_held(program: Program, name: str, x: int = 1, epoch: int = 2) -> Command:
     """A study of two trials that waits in an epoch of one of them."""
     spec = program.spec(name, changes(faults=[{"x": x, "epoch": epoch, "does": "hold"}]))
     command = program.start("run", spec, "--json")
-    program.wait_for_note(name, "hold", x, epoch)
+    program.wait_for_note(name, "hold", x, epoch, timeout_s=180)
     return command
 
 
