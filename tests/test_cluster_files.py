@@ -128,6 +128,9 @@ def test_every_start_of_ray_says_token_and_the_dashboard_is_on_loopback(provider
         ("gcp", {}, "HOME/studies"),
         ("local", {}, "HOME/studies"),
         ("aws", {"storage": "/nfs/studies"}, "/nfs/studies"),
+        ("aws", {"bucket": "my-studies"}, "s3://my-studies/studies"),
+        ("gcp", {"bucket": "my-studies"}, "gs://my-studies/studies"),
+        ("local", {"storage": "s3://my-studies/mine"}, "s3://my-studies/mine"),
     ],
 )
 def test_the_nodes_know_the_storage_and_where_their_packages_are(
@@ -195,8 +198,8 @@ def test_a_value_that_cannot_be_right_is_refused_with_all_others() -> None:
         "aws",
         name="My Cluster",
         region="us west 2",
-        bucket="my-studies",
-        storage="s3://my-studies",
+        bucket="My Studies",
+        storage="studies",
         image="ubuntu",
         worker_type="t3.micro",
         max_workers=0,
@@ -205,13 +208,13 @@ def test_a_value_that_cannot_be_right_is_refused_with_all_others() -> None:
     assert list(found) == [
         *("--name", "--region", "--bucket", "--storage", "--image", "--worker-type", "--max-workers", "--ssh-from"),
     ]
+    assert found["--bucket"] == "one of the two"
     assert found["--worker-type"].startswith("one of g4dn.xlarge, ")
 
 
-@pytest.mark.parametrize("provider", COMPLETE)
-def test_a_bucket_is_refused_for_studies_lie_in_a_folder(provider: str) -> None:
-    found = refused(provider, **COMPLETE[provider], bucket="my-studies")
-    assert found == {"--bucket": "--storage '$HOME/studies'"}
+def test_a_bucket_is_one_of_the_providers_own() -> None:
+    assert refused("aws", bucket="s3://my-studies") == {"--bucket": "the bare name of a bucket that exists"}
+    assert refused("local", hosts="a,b", bucket="my-studies") == {"--bucket": "--storage s3://BUCKET/FOLDER"}
 
 
 def test_hosts_are_a_head_and_workers_each_of_them_once() -> None:

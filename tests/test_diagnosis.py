@@ -7,7 +7,7 @@ from typing import Any
 
 from test_driver import toy_spec
 
-from trainables.checkpoint import GIB
+from trainables.stores import GIB
 from tune_service.diagnosis import Node, Port, memory, nodes_check, opened, ports, reach, versions
 from tune_service.node_look import METRICS, OPEN, OTHER, REFUSED, SILENT
 

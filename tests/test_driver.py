@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from trainables.checkpoint import GIB
+from trainables.stores import GIB
 from tune_service.driver import MAX_IN_VAIN, STOP_POLL_S, USER_STOP, Driver
 from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler

@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from optuna.trial import TrialState as OptunaState
 from test_driver import HandDriven, optuna_trials
 
-from trainables.checkpoint import GIB, CheckpointStore, verify
+from trainables.checkpoint import CheckpointStore, verify
+from trainables.stores import GIB
 
 SIZE = 100
 BUDGET = 7 * SIZE

@@ -42,6 +42,12 @@ ONLY_IN = {
         "tune_service/metrics.py",
         "tune_service/tuner.py",
     },
+    "pyarrow": {
+        "trainables/bucket.py",
+        "trainables/data.py",
+        "trainables/tables.py",
+        "tune_service/demo.py",
+    },
     "torch": {
         "trainables/finetune.py",
         "trainables/learner.py",
@@ -77,6 +83,10 @@ LIGHT = (
 before anything heavy loads."""
 
 
+WITHOUT_PYARROW = ("tune_service.cli", "tune_service.cluster_cli", "tune_service.storages", "tune_service.studies")
+"""Modules that load no pyarrow: a fifth of a second, for a storage that may be a folder."""
+
+
 def imported(file: str) -> Iterator[str]:
     """Top-level names of all that a file imports, inside functions too."""
     for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
@@ -106,3 +116,10 @@ def test_a_light_module_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", WITHOUT_PYARROW)
+def test_a_storage_is_opened_without_pyarrow(module: str) -> None:
+    code = f"import sys, {module}; print('pyarrow' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]

@@ -23,7 +23,7 @@ from tune_service.driver import Driver
 from tune_service.errors import LeaseLostError, RecordUnavailableError, StorageError
 from tune_service.lease import Lease
 from tune_service.machine import Machine
-from tune_service.record import Record, erase_record
+from tune_service.record import Record
 from tune_service.status import StudyStatus
 from tune_service.storage import Storage
 from tune_service.study import delete_study
@@ -147,7 +147,7 @@ def test_deleting_a_study_leaves_no_row_of_it_and_all_of_the_others(postgres: Se
 def test_a_study_whose_rows_are_gone_says_so_and_can_be_deleted(url: str, tmp_path: Path) -> None:
     study = HandDriven(tmp_path, record=url)
     study.kill()
-    erase_record(study.folder)
+    study.folder.erase_record()
     with pytest.raises(StorageError, match=r"none named toy-\w+ in postgresql:"):
         Record.open(study.folder)
     delete_study("toy", study.storage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -58,6 +60,26 @@ class ModelError(UserError):
 
 class TrainableError(UserError):
     """A trainable of the user's own broke its contract: it cannot be imported, or yielded something wrong."""
+
+
+class BucketError(OSError, UserError):
+    """An object store refuses, or does not answer.
+
+    It is both: what a full disk is to a study, which then waits, and what a command tells its user.
+    """
+
+    def __init__(self, problem: Problem, is_away: bool) -> None:
+        UserError.__init__(self, problem)
+        self.errno = errno.EREMOTEIO
+        self.is_away = is_away
+        """The store's fault, not the input's."""
+
+    def __str__(self) -> str:
+        # The system's words first, by which the error is known where only its text comes through.
+        return f"{os.strerror(errno.EREMOTEIO)}: {self.problems[0]}"
+
+    def __reduce__(self) -> tuple[type[BucketError], tuple[Problem, bool]]:
+        return BucketError, (self.problems[0], self.is_away)
 
 
 class CheckpointError(Exception):

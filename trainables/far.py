@@ -6,6 +6,7 @@ for it. No Ray here: who carries the pieces is given as functions.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import secrets
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PIECE_BYTES = 8 * 1024**2
+SCRATCH = "TUNE_SERVICE_SCRATCH"
+"""Names the scratch folder in the environment of every process of a Ray of a study's own."""
 _PREFIX = "tune-rank-"
 
 
@@ -48,8 +51,13 @@ def marked(folder: Path) -> Iterator[Mark]:
         path.unlink(missing_ok=True)
 
 
+def scratch_place() -> Path:
+    """Where a process keeps what is its own."""
+    return Path(os.environ.get(SCRATCH) or tempfile.gettempdir())
+
+
 class FarFiles:
-    """A rank's own folder on its node. A killed rank's is removed by the next one there."""
+    """A process's own folder on its node: a rank's, or a supervisor's. A killed one's is removed by the next there."""
 
     def __init__(self) -> None:
         self._root: Path | None = None
@@ -64,6 +72,12 @@ class FarFiles:
         """The same, with nothing in it."""
         shutil.rmtree(self._made() / name, ignore_errors=True)
         return self.folder(name)
+
+    def remove(self) -> None:
+        """All of it. A later use makes another."""
+        root, self._root = self._root, None
+        if root is not None:
+            shutil.rmtree(root, ignore_errors=True)
 
     def listing(self, name: str) -> list[tuple[str, int]]:
         """(path inside, bytes) of every file of a folder."""
@@ -83,16 +97,25 @@ class FarFiles:
         with file.open("ab") as target:
             target.write(data)
 
+    def _remove_at_exit(self, pid: int) -> None:
+        if os.getpid() == pid:  # not of a fork
+            self.remove()
+
     def _made(self) -> Path:
         if self._root is None:
-            place = Path(tempfile.gettempdir())
+            place = scratch_place()
             for other in place.glob(f"{_PREFIX}*"):
                 _remove_unheld(other)
             new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
             # Never closed: the kernel lets go of the lock when this process is gone, however it went.
             fcntl.flock(os.open(new / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
             self._root = new.rename(place / new.name[1:])  # others see it only when it is held
+            atexit.register(self._remove_at_exit, os.getpid())
         return self._root
+
+
+own_files = FarFiles()
+"""Of this process, where it has one thing at a time in there."""
 
 
 def fetch(read: Callable[[str, int], bytes], listing: Sequence[tuple[str, int]], to: Path) -> None:

@@ -6,13 +6,14 @@ import math
 import time
 import traceback
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
-from trainables.checkpoint import CheckpointStore, Manifest
+from trainables.bucket_checkpoints import open_store
+from trainables.bucket_logs import TrialLogs
+from trainables.checkpoint import Manifest
 from trainables.errors import (
     CheckpointBudgetError,
     OutOfMemoryError,
@@ -22,6 +23,7 @@ from trainables.errors import (
     TrialError,
     WorkerLostError,
 )
+from trainables.far import own_files
 from trainables.fault_points import fault_point
 from trainables.worker import START_DEADLINE_S, RankReport, Task, storage_is_away
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
@@ -63,12 +65,15 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._group: WorkerGroup | None = None
         self._shape = GroupShape(**config["group"])
         self._deadline = StepDeadline(self._shape.step_timeout_s)
+        self._logs = TrialLogs(config["task"]["logs"], config["task"]["number"])
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next trial. Does nothing that can fail: Tune would not restart a trial that failed here."""
         self._task = Task(**new_config["task"])
-        self._store = CheckpointStore(Path(self._task.checkpoints), self._task.budget_bytes, self._task.lease)
+        self._store = open_store(self._task.checkpoints, self._task.budget_bytes, self._task.lease)
+        self._logs.put()  # the last lines of the trial before
+        self._logs = TrialLogs(self._task.logs, self._task.number)
         self._begun = False
         self._unsaved: RankReport | None = None
         self._commit_s = 0.0
@@ -83,10 +88,13 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         except Exception as error:  # a full disk; or a fault of ours, which then has its reason in the record
             traceback.print_exc()
             result = self._failure(f"the supervisor raised {type(error).__name__}: {error}", error)
+        self._logs.put(in_time="epoch" in result and not result["finished"])
         return result | {"number": self._task.number, "next_within_s": self._next_within_s()}
 
     def cleanup(self) -> None:
         self._drop_group()
+        self._logs.put()
+        own_files.remove()
 
     def _failure(self, reason: str, error: Exception) -> dict[str, Any]:
         self._begun = False
@@ -144,8 +152,9 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         """Gets the ranks ready, after the trial's last checkpoint if it has one, which is returned."""
         latest = self._store.latest(self._task.number)
         if latest is None or latest.epoch < self._task.max_epochs:
-            folder = self._store.folder(latest.trial, latest.epoch) if latest else None
-            self._begin_group(replace(self._task, resume_from=str(folder) if folder else None))
+            folder = self._store.local(latest.trial, latest.epoch) if latest else None
+            task = replace(self._task, logs=str(self._logs.folder()))
+            self._begin_group(replace(task, resume_from=str(folder) if folder else None))
         self._begun = True
         return latest
 

@@ -229,4 +229,5 @@ def storage_is_away(error: BaseException) -> bool:
     return number in _STORAGE_ERRORS or any(os.strerror(each) in text for each in _STORAGE_ERRORS)
 
 
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN}
+_STORAGE_ERRORS.add(errno.EREMOTEIO)  # an object store, by `BucketError`

@@ -5,20 +5,22 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from trainables.checkpoint import CheckpointStore, Manifest, fsync_tree, write_json
-from trainables.errors import CheckpointError, Problem
+from trainables.checkpoint import fsync_tree, write_json
+from trainables.errors import BucketError, CheckpointError, Problem
+from trainables.stores import Checkpoints
 from tune_service.errors import CommandError
+from tune_service.home import StudyStorage
 from tune_service.record import Record
 from tune_service.spec import StudySpec, dump_yaml, spec_for_trial
 from tune_service.status import BestTrial, StudyStatus
-from tune_service.storage import Storage, check_out
+from tune_service.storage import check_out
 from tune_service.study import stored_spec
 
 TRIES = 3
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
-def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
+def export_best(name: str, out: Path, storage: StudyStorage) -> BestTrial:
     """Writes the best trial of a study to `out`, which is whole or absent whenever this process is killed.
 
     `model/` opens with `from_pretrained` (a trainable of the user's own: `checkpoint/`, when it saved one),
@@ -37,7 +39,7 @@ def export_best(name: str, out: Path, storage: Storage) -> BestTrial:
     raise CommandError(Problem(name, "has a best trial that stays for a moment", found, "another try"))
 
 
-def _export(name: str, record: Record, out: Path, checkpoints: CheckpointStore) -> BestTrial:
+def _export(name: str, record: Record, out: Path, checkpoints: Checkpoints) -> BestTrial:
     status = record.status(deep=True)
     if status.best is None:
         found = f"no completed or pruned trial with a finite {status.objective.metric} and a whole checkpoint"
@@ -48,12 +50,12 @@ def _export(name: str, record: Record, out: Path, checkpoints: CheckpointStore) 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if record.saves(status.best.number):
-            checkpoint = checkpoints.folder(status.best.number, status.best.epoch)
-            _copy(checkpoint, partial if spec.is_finetune else partial / "checkpoint", only_model=spec.is_finetune)
+            to, wanted = (partial, _is_model) if spec.is_finetune else (partial / "checkpoint", _is_any)
+            checkpoints.copy(status.best.number, status.best.epoch, to, wanted)
         _write(partial, spec, status, status.best)
         fsync_tree(partial)
         partial.replace(out)
-    except CheckpointError:
+    except (CheckpointError, BucketError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
@@ -78,13 +80,10 @@ def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial) -> 
     write_json(out / "metrics.json", document)
 
 
-def _copy(checkpoint: Path, out: Path, only_model: bool) -> None:
-    """Copies what the manifest names and so was verified; of a model nothing that could be a pickle."""
-    for name in Manifest.read(checkpoint).files:
-        path = Path(name)
-        if only_model and (path.parts[0] != "model" or path.suffix in PICKLES):
-            continue
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        if not (checkpoint / path).exists():
-            raise CheckpointError(f"{checkpoint / path} is gone")
-        shutil.copyfile(checkpoint / path, out / path)
+def _is_model(path: Path) -> bool:
+    """Of a model nothing that could be a pickle."""
+    return path.parts[0] == "model" and path.suffix not in PICKLES
+
+
+def _is_any(path: Path) -> bool:
+    return True

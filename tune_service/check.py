@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from trainables.checkpoint import GIB
 from trainables.config import DataConfig
 from trainables.data import TextData, read_texts
 from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
 from trainables.model_files import check_model_files
+from trainables.stores import GIB
 from tune_service.errors import exit_code
+from tune_service.home import StudyStorage
 from tune_service.kept import least_bytes
 from tune_service.place import Room
 from tune_service.spec import StudySpec
-from tune_service.storage import Storage
 
 IMPORT_TIMEOUT_S = 120
 CHECKPOINTS_AT_ONCE = 4
@@ -45,7 +45,7 @@ class Check:
         return {key: value for key, value in asdict(self).items() if key not in ("problems", "code")}
 
 
-def run_checks(spec: StudySpec, storage: Storage, room: Room) -> list[Check]:
+def run_checks(spec: StudySpec, storage: StudyStorage, room: Room) -> list[Check]:
     """Looks at all that a study of this spec needs. The name is not looked up: `check` serves existing studies too.
 
     What a half-read spec lacks, such as `data`, is passed over.
@@ -62,7 +62,7 @@ def run_checks(spec: StudySpec, storage: Storage, room: Room) -> list[Check]:
     if spec.is_finetune and data is not None:
         checks.append(looked_at("data", lambda: _describe(_texts(data))))
     if (url := spec.record) is not None:
-        checks.append(looked_at("record", lambda: _record(url)))
+        checks.append(looked_at("record", lambda: _record(storage, url)))
     if spec.is_finetune and model is not None:
         checks.append(looked_at("checkpoints", lambda: room_for_checkpoints(spec, storage, least_bytes(spec))))
     return checks
@@ -98,12 +98,13 @@ def _raised(problems: Sequence[Problem]) -> str:
     return ""
 
 
-def _storage(storage: Storage) -> str:
+def _storage(storage: StudyStorage) -> str:
     storage.check_writable()
-    return f"{storage.root} can be written"
+    return f"{storage.where} can be written"
 
 
-def _record(url: str) -> str:
+def _record(storage: StudyStorage, url: str) -> str:
+    storage.check_record(url)
     from tune_service.database import look  # SQLAlchemy loads only where it is needed
 
     return look(url)
@@ -114,7 +115,7 @@ def _resources(spec: StudySpec, room: Room) -> str:
     return f"{room.offer()}: {room.fit(spec.resources, spec.budget.concurrent_trials)} trials at once"
 
 
-def room_for_checkpoints(spec: StudySpec, storage: Storage, each: int) -> str:
+def room_for_checkpoints(spec: StudySpec, storage: StudyStorage, each: int) -> str:
     """Whether the budget, and the disk, hold the checkpoints that must be there at one moment for one trial to run.
 
     `each`: the bytes of one, as far as they are known.
@@ -131,7 +132,7 @@ def room_for_checkpoints(spec: StudySpec, storage: Storage, each: int) -> str:
         )
     free = storage.free_bytes()
     if needed > free:
-        found = f"{free / GIB:.2g} GiB are free at {storage.root}, {needed / GIB:.2g} are needed at least"
+        found = f"{free / GIB:.2g} GiB are free at {storage.disk}, {needed / GIB:.2g} are needed at least"
         raise UserError(
             Problem("--storage", "has room for the checkpoints of one trial", found, "another --storage DIR")
         )

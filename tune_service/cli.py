@@ -22,10 +22,10 @@ from tune_service.output import print_check, print_failure, print_json, print_ro
 
 if TYPE_CHECKING:
     from tune_service.check import Check
+    from tune_service.home import StudyStorage
     from tune_service.remote import RemoteStudies
     from tune_service.spec import StudySpec
     from tune_service.status import StudyStatus
-    from tune_service.storage import Storage
     from tune_service.studies import Studies
 
 app = typer.Typer(
@@ -40,7 +40,9 @@ app.add_typer(cluster_app, name="cluster")
 StorageOption = Annotated[
     str,
     typer.Option(
-        "--storage", envvar="TUNE_SERVICE_STORAGE", help="Folder that holds the studies; a cluster has its own."
+        "--storage",
+        envvar="TUNE_SERVICE_STORAGE",
+        help="Folder, s3:// or gs:// URL of the studies; a cluster has its own.",
     ),
 ]
 AddressOption = Annotated[
@@ -284,7 +286,7 @@ def check(
         sys.exit(code)
 
 
-def _checks_here(path: Path, overrides: list[str], name: str | None, storage: Storage) -> Iterator[Check]:
+def _checks_here(path: Path, overrides: list[str], name: str | None, storage: StudyStorage) -> Iterator[Check]:
     from tune_service.check import Check, run_checks
     from tune_service.errors import SpecError
     from tune_service.machine import this_machine
@@ -302,8 +304,9 @@ def _checks_here(path: Path, overrides: list[str], name: str | None, storage: St
 def demo(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) -> None:
     """Run a small real study, without network or GPU."""
     from tune_service.demo import run_demo
+    from tune_service.storage import Storage
 
-    place = _storage(storage)
+    place = Storage(Path(storage))
     with display_of(as_json) as display:
         found = run_demo(place, display)
     _print_end(found.status, as_json)
@@ -343,10 +346,10 @@ def _usage(error: Exception) -> str:
     return f"{context.command_path} --help" if context else "tune-service --help"
 
 
-def _storage(root: str) -> Storage:
-    from tune_service.storage import Storage
+def _storage(root: str) -> StudyStorage:
+    from tune_service.storages import open_storage
 
-    return Storage(Path(root))
+    return open_storage(root)
 
 
 @contextmanager
@@ -376,7 +379,7 @@ def _remote(storage: str, address: str) -> Iterator[RemoteStudies]:
         raise FollowEndedError(Problem("", "the command runs to its end", "Ctrl-C", expected)) from interrupt
 
 
-def _load(path: Path, overrides: list[str], name: str | None, storage: Storage) -> StudySpec:
+def _load(path: Path, overrides: list[str], name: str | None, storage: StudyStorage) -> StudySpec:
     """The spec with all that is wrong with it, its data, its model and this machine, in one SpecError."""
     from tune_service.check import problems_of, run_checks
     from tune_service.machine import this_machine

@@ -24,7 +24,7 @@ def init(
     region: Annotated[str | None, typer.Option("--region", help="aws, gcp.")] = None,
     zone: Annotated[str | None, typer.Option("--zone", help="gcp: the zone's letter.")] = None,
     project: Annotated[str | None, typer.Option("--project", help="gcp: the project's id.")] = None,
-    bucket: Annotated[str | None, typer.Option("--bucket", hidden=True)] = None,
+    bucket: Annotated[str | None, typer.Option("--bucket", help="aws, gcp: keeps the studies.")] = None,
     image: Annotated[str | None, typer.Option("--image", help="aws, gcp: Ubuntu 24.04 with NVIDIA's driver.")] = None,
     head_type: Annotated[str | None, typer.Option("--head-type", help="aws, gcp: the head's machine type.")] = None,
     worker_type: Annotated[str | None, typer.Option("--worker-type", help="aws, gcp: the workers'.")] = None,
@@ -34,7 +34,7 @@ def init(
     ssh_user: Annotated[str | None, typer.Option("--ssh-user", help="local: who logs in there.")] = None,
     ssh_key: Annotated[str | None, typer.Option("--ssh-key", help="local: a private key for this cluster.")] = None,
     storage: Annotated[
-        str | None, typer.Option("--storage", help="A folder of the head, or one that all share.")
+        str | None, typer.Option("--storage", help="A folder of the head, or one that all share, or a URL.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from trainables.errors import Problem
-from tune_service.cluster_template import HEAD_FOLDER, MOUNTED, PROVIDERS, render
+from tune_service.cluster_template import MOUNTED, PROVIDERS, render
 from tune_service.errors import CommandError, OutputNotEmptyError, SpecError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 IDLE_TIMEOUT_MINUTES = 10
+URLS = {"aws": "s3", "gcp": "gs"}
+"""Provider -> the scheme of its object store."""
 LATEST_IMAGE = (
     "aws ssm get-parameter --query Parameter.Value --output text --name "
     "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
@@ -33,7 +35,11 @@ _PATTERNS = {
     "head_type": (_MACHINE, "a machine type"),
     "ssh_user": (r"[a-z_][a-z0-9_.-]*", "a user's name"),
     "ssh_key": (r"[~/][^'\"#:]*", "the path of a private key, from / or ~/"),
-    "storage": (r"(/|\$HOME/)[\w./-]*", "a folder, from / or $HOME/"),
+    "bucket": (r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", "the bare name of a bucket that exists"),
+    "storage": (
+        r"(/|\$HOME/)[\w./-]*|(s3|gs)://[a-z0-9][\w./-]*",
+        "a folder, from / or $HOME/, or s3://BUCKET/FOLDER, gs://BUCKET/FOLDER",
+    ),
 }
 
 
@@ -84,11 +90,10 @@ def _problems(provider: str, given: Mapping[str, Any]) -> Iterator[Problem]:
     of_provider = {*kind.defaults, "name", "max_workers"}
     of_provider |= {"hosts"} if provider == "local" else set()
     of_provider |= {"ssh_from"} if provider == "aws" else set()
+    of_provider |= {"bucket"} if provider in URLS else set()
     of_provider -= {"max_workers"} if provider == "local" else set()
     for key, value in given.items():
-        if key == "bucket":
-            yield Problem("--bucket", "this version's storage takes folders only", value, f"--storage '{HEAD_FOLDER}'")
-        elif key not in of_provider:
+        if key not in of_provider:
             yield Problem(_option(key), f"provider {provider} has no such option", str(value), _instead(provider, key))
         elif key == "worker_type" and value not in kind.worker_types:
             expected = f"one of {', '.join(kind.worker_types)}; edit the file for others"
@@ -101,6 +106,8 @@ def _problems(provider: str, given: Mapping[str, Any]) -> Iterator[Problem]:
             yield from cidr_problems(value)
         elif key in _PATTERNS and not re.fullmatch(_PATTERNS[key][0], value):
             yield Problem(_option(key), f"{key.replace('_', ' ')} is well-formed", repr(value), _PATTERNS[key][1])
+    if {"bucket", "storage"} <= given.keys():
+        yield Problem("--bucket", "studies lie in one place", "--bucket and --storage", "one of the two")
     if provider == "local" and "hosts" not in given:
         yield Problem("--hosts", "a cluster of ssh hosts has hosts", "none", "HEAD,WORKER,WORKER")
 
@@ -110,6 +117,8 @@ def _instead(provider: str, key: str) -> str:
         return "gcloud compute firewall-rules update default-allow-ssh --source-ranges=CIDR"
     if key == "max_workers":
         return "as many --hosts as there shall be"
+    if key == "bucket":
+        return "--storage s3://BUCKET/FOLDER"
     return ", ".join(each for each, kind in PROVIDERS.items() if key in kind.defaults) or "no such option"
 
 
@@ -148,6 +157,8 @@ def _values(provider: str, name: str, given: Mapping[str, Any], sources: Mapping
         values["cpus"], values["gpus"] = kind.worker_types[values["worker_type"]]
     if provider == "gcp":
         head_setup.append("cd ~/tune-service && make install-gcp   # Ray's launcher needs Google's client on the head")
+    if "bucket" in given:
+        values["storage"] = f"{URLS[provider]}://{given['bucket']}/studies"
     if "ssh_from" in given:
         head_setup.append(f"tune-service cluster firewall ~/ray_bootstrap_config.yaml --ssh-from {given['ssh_from']}")
     values.setdefault("node_ip", "")

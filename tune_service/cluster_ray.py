@@ -14,10 +14,10 @@ from typing import Any
 from tune_service.autoscaler import cluster_file, kinds_in, troubles
 from tune_service.cluster_room import ClusterRoom, demand, kinds_of
 from tune_service.fair_share import Claim, Claims, allowed
+from tune_service.home import StudyHome
 from tune_service.local_ray import TUNE_ENVIRONMENT, own_answer_to_sigterm, undisturbed
 from tune_service.place import Usage
 from tune_service.spec import StudySpec, moved
-from tune_service.storage import StudyFolder
 
 HEAD_RESOURCE = "study_head"
 """What the cluster file gives its head plenty of, so that supervisors can ask for some."""
@@ -75,11 +75,13 @@ class ThisCluster:
         startable, max_workers, is_final = kinds_in(self._file)
         return ClusterRoom(kinds, startable, max_workers, is_final)
 
-    def settled(self, spec: StudySpec, folder: StudyFolder) -> StudySpec:
+    def settled(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         """Keeps what the job came with in the study's folder: the job's own copy is gone with the job."""
         assert self._came_with is not None, "a new study comes with its spec at least"
-        shutil.copytree(self._came_with, folder.shipped)
-        return moved(spec, self._came_with, folder.shipped)
+        return moved(spec, self._came_with, folder.keep_shipped(self._came_with))
+
+    def found_again(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
+        return spec if self._came_with in (None, spec.folder) else moved(spec, spec.folder, self._came_with)
 
     def prepare(self, spec: StudySpec) -> None:
         """Nothing: Ray was joined before."""

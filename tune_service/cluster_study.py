@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from tune_service.cluster_ray import joined
 from tune_service.errors import exit_code
+from tune_service.home import StudyStorage
 from tune_service.live import StudyDisplay, console
 from tune_service.parcel import SPEC
 from tune_service.spec import parse_spec
 from tune_service.status import StudyView
-from tune_service.storage import Storage
 from tune_service.study import resume_study, run_study
 from tune_service.terminal import shown_stream
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tune_service.metrics import StudyMetrics
 
 
-def run_here(storage: Storage, answer: Answer) -> None:
+def run_here(storage: StudyStorage, answer: Answer) -> None:
     """Runs the study that lies in the working directory, which Ray has unpacked on this node and will on the others."""
     root = Path.cwd()
     spec = parse_spec(json.loads((root / SPEC).read_text(encoding="utf-8")), root)
@@ -33,10 +33,9 @@ def run_here(storage: Storage, answer: Answer) -> None:
         run_study(spec, storage, display, place)
 
 
-def resume_here(name: str, trials: str | None, storage: Storage, answer: Answer) -> None:
+def resume_here(name: str, trials: str | None, storage: StudyStorage, answer: Answer) -> None:
     """Goes on with a study of this storage; what it came with lies in its folder."""
-    shipped = storage.study(name).shipped
-    came_with = shipped if shipped.is_dir() else None  # a study that was begun on the head itself came with nothing
+    came_with = storage.study(name).shipped()  # None: it was begun on the head itself
     with _display(name, answer) as display, joined(name, came_with, working_dir=came_with) as place:
         resume_study(name, trials, storage, display, place)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainables.checkpoint import GIB
+from trainables.stores import GIB
 from tune_service.check import Check
 from tune_service.cluster_room import NodeKind
 from tune_service.estimate import sharing

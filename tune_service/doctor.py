@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Thread, Timer
 from typing import TYPE_CHECKING, Any
 
-from trainables.checkpoint import GIB
-from trainables.errors import Problem
+from trainables.errors import BucketError, Problem
+from trainables.stores import GIB
 from tune_service import diagnosis, node_look
 from tune_service.autoscaler import cluster_file, troubles
 from tune_service.check import Check, looked_at, room_for_checkpoints, run_checks
@@ -27,9 +27,9 @@ from tune_service.diagnosis import Port
 from tune_service.doctor_nodes import look_at_nodes, try_ports
 from tune_service.doctor_trial import TRIED, try_trial
 from tune_service.errors import CommandError
+from tune_service.home import StudyStorage
 from tune_service.parcel import SPEC
 from tune_service.spec import StudySpec, beside, parse_spec
-from tune_service.storage import Storage
 
 if TYPE_CHECKING:
     from tune_service.head import Answer
@@ -45,7 +45,7 @@ ALL_S = 7200.0
 """The last resort, for a wait that nobody foresaw."""
 
 
-def check_here(storage: Storage, start_nodes: bool, versions: Mapping[str, str], answer: Answer) -> None:
+def check_here(storage: StudyStorage, start_nodes: bool, versions: Mapping[str, str], answer: Answer) -> None:
     """Sends each check as soon as it is done. The spec lies in the working directory, as for a study.
 
     `versions`: the laptop's.
@@ -66,7 +66,7 @@ def check_here(storage: Storage, start_nodes: bool, versions: Mapping[str, str],
 
 class _Doctor:
     def __init__(
-        self, spec: StudySpec, root: Path, storage: Storage, place: ThisCluster, tell: Callable[[str], None]
+        self, spec: StudySpec, root: Path, storage: StudyStorage, place: ThisCluster, tell: Callable[[str], None]
     ) -> None:
         self._spec, self._root, self._storage, self._place, self._tell = spec, root, storage, place, tell
         self._bytes_s = 0.0
@@ -114,7 +114,7 @@ class _Doctor:
 
         def look() -> None:
             try:
-                found.append(_speeds(self._storage.root))
+                found.append(self._storage.speeds(WRITTEN_BYTES))
             except OSError as error:
                 found.append(error)
 
@@ -122,12 +122,14 @@ class _Doctor:
         looking.start()
         looking.join(STORAGE_S)
         speeds = found[0] if found else TimeoutError(f"{WRITTEN_BYTES / 1e6:.0f} MB took more than {STORAGE_S:.0f} s")
+        if isinstance(speeds, BucketError):
+            raise speeds
         if isinstance(speeds, OSError):
             expected = "a disk with room, or another --storage DIR"
             raise CommandError(Problem("--storage", "takes and gives back a file", str(speeds), expected)) from speeds
         self._bytes_s = speeds[0]
         told = f"writes {speeds[0] / 1e6:.0f} MB/s, synced, reads {speeds[1] / 1e6:.0f} MB/s"
-        return f"{self._storage.root}: {told}, {self._storage.free_bytes() / GIB:.3g} GiB free"
+        return f"{self._storage.where}: {told}, {self._storage.free_bytes() / GIB:.3g} GiB free"
 
     def _resources(self, check: Check) -> Check:
         """Adds how many fit now; where none does and no autoscaler is there, waiting would not end."""
@@ -196,27 +198,6 @@ class _Doctor:
             "data": spec.data.model_dump(mode="json") if spec.is_finetune and spec.data else None,
             "trainable": None if spec.is_finetune else spec.trainable,
         }
-
-
-def _speeds(root: Path) -> tuple[float, float]:
-    """Bytes a second that the disk of a folder, which need not be there yet, takes and gives back. OSError."""
-    place = next(each for each in (root, *root.parents) if each.is_dir())
-    path, block = place / f".check-{os.getpid()}", os.urandom(1024**2)
-    try:
-        started = time.monotonic()
-        with path.open("wb") as file:
-            for _ in range(WRITTEN_BYTES // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            written_s = time.monotonic() - started
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it is read from memory
-        started = time.monotonic()
-        if path.read_bytes() != block * (WRITTEN_BYTES // len(block)):
-            raise OSError("it gave back another content")
-        return WRITTEN_BYTES / written_s, WRITTEN_BYTES / (time.monotonic() - started)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _free() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainables.errors import Problem, UserError
+from trainables.errors import BucketError, Problem, UserError
 
 
 class SpecError(UserError):
@@ -71,6 +71,8 @@ def exit_code(error: BaseException) -> int:
         return 130
     if isinstance(error, RemoteError):
         return error.code
+    if isinstance(error, BucketError):
+        return 1 if error.is_away else 2
     return 2 if isinstance(error, UserError) and not isinstance(error, CommandError) else 1
 
 

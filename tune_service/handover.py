@@ -21,32 +21,34 @@ from trainables.checkpoint import fsync_tree, sha256
 from trainables.errors import Problem
 from tune_service.dashboard import Dashboard
 from tune_service.errors import CommandError
-from tune_service.parcel import origins
-from tune_service.storage import Storage
+from tune_service.home import StudyStorage
 
 _PREFIX = ".export-"
 _STALE_S = 3 * 3600.0
 
 
 @contextmanager
-def exported(name: str, word: str, storage: Storage) -> Iterator[dict[str, Any]]:
+def exported(name: str, word: str, storage: StudyStorage) -> Iterator[dict[str, Any]]:
     """On the head: the best trial of a study as a file to be fetched, and what the laptop must know of it.
 
     The file is there as long as the block runs; SIGTERM ends that like an error does.
     """
-    from tune_service.best import export_best  # with Optuna, which a question from a laptop need not wait for
+    # With Optuna, which a question from a laptop need not wait for.
+    from tune_service.best import export_best
+    from tune_service.record import Record
+    from tune_service.study import stored_spec
 
-    shipped = storage.study(name).shipped
-    _sweep(storage)
+    study = storage.study(name)
+    _sweep(storage.exports)
     signal(SIGTERM, _end)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=storage.root))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=storage.exports))
     # This process's output is the job's log, so that its folder is the one the dashboard hands files out of.
     link = Path("/proc/self/fd/1").readlink().parent / f"tune-service-{word}.tar"
     try:
         best = export_best(name, folder / "best", storage)
         config = folder / "best" / "config.yaml"
         text = config.read_text(encoding="utf-8")
-        for there, here in origins(shipped).items():
+        for there, here in study.origins(Path(stored_spec(Record.open(study)).folder)).items():
             text = text.replace(there, here)  # a spec for the user's machine names its folders
         config.write_text(text, encoding="utf-8")
         package = folder / "best.tar"
@@ -88,9 +90,9 @@ def fetch(dashboard: Dashboard, node_id: str, found: Mapping[str, Any], out: Pat
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sweep(storage: Storage) -> None:
+def _sweep(exports: Path) -> None:
     """Removes what a killed export left."""
-    for folder in storage.root.glob(f"{_PREFIX}*"):
+    for folder in exports.glob(f"{_PREFIX}*"):
         if time.time() - folder.stat().st_mtime > _STALE_S:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,13 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainables.bucket import is_url
 from trainables.errors import Problem, UserError
 from trainables.redaction import redacted
 from tune_service import __version__
 from tune_service.errors import CommandError, error_json, exit_code
 from tune_service.frames import encode
+from tune_service.home import StudyStorage
 from tune_service.status import StudyView
-from tune_service.storage import Storage
+from tune_service.storages import open_storage
 from tune_service.studies import LocalStudies, to_ranges
 from tune_service.terminal import shown_stream
 from tune_service.views import ViewNews
@@ -75,23 +77,23 @@ def _same_version(request: Mapping[str, Any]) -> None:
         raise CommandError(Problem("tune-service", "is the same here and on the cluster", found, "one version on both"))
 
 
-def storage_of(request: Mapping[str, Any]) -> Storage:
+def storage_of(request: Mapping[str, Any]) -> StudyStorage:
     """What the laptop says, else what the head's environment says, else a folder of the head's user."""
     root = request.get("storage") or os.environ.get("TUNE_SERVICE_STORAGE") or DEFAULT_STORAGE
-    return Storage(Path.home() / Path(root).expanduser())
+    return open_storage(root if is_url(root) else str(Path.home() / Path(root).expanduser()))
 
 
-def _list(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _list(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     for row in LocalStudies(storage).list():
         answer.send({"row": row.to_json(), "metric": row.metric})
 
 
-def _status(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _status(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     status = LocalStudies(storage).status(request["study"])
     answer.send({"status": status.to_json(), "notice": status.notice})
 
 
-def _views(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _views(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     news = ViewNews(request["known"])
 
     def look(view: StudyView) -> None:
@@ -102,7 +104,7 @@ def _views(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None
     answer.send({"more": more})
 
 
-def _logs(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _logs(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     studies, name = LocalStudies(storage), request["study"]
     ended = studies.ended(name)  # by now: at the end of this answer their logs have been read to the end
     pieces = studies.logs(name, request["trial"], request["since"], request["done"])
@@ -119,21 +121,21 @@ def _until(end: float, source: Iterator[Any], send: Callable[[Any], None]) -> bo
     return False
 
 
-def _stop(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _stop(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     from tune_service.study import request_stop
 
     request_stop(request["study"], request["now"], storage)
 
 
-def _where(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _where(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     answer.send({"where": LocalStudies(storage).where(request["study"])})
 
 
-def _delete(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _delete(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     answer.send({"bytes": LocalStudies(storage).delete(request["study"])})
 
 
-def _best(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _best(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     from tune_service.handover import exported
 
     with exported(request["study"], request["word"], storage) as found:
@@ -141,25 +143,25 @@ def _best(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
         time.sleep(FETCH_S)  # the laptop ends this job when it has the file
 
 
-def _run(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _run(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     from tune_service.cluster_study import run_here
 
     run_here(storage, answer)
 
 
-def _check(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _check(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     from tune_service.doctor import check_here
 
     check_here(storage, request["start_nodes"], request["versions"], answer)
 
 
-def _resume(request: Mapping[str, Any], storage: Storage, answer: Answer) -> None:
+def _resume(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:
     from tune_service.cluster_study import resume_here
 
     resume_here(request["study"], request["trials"], storage, answer)
 
 
-QUESTIONS: Mapping[str, Callable[[Mapping[str, Any], Storage, Answer], None]] = {
+QUESTIONS: Mapping[str, Callable[[Mapping[str, Any], StudyStorage, Answer], None]] = {
     "list": _list,
     "status": _status,
     "views": _views,

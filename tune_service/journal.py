@@ -9,18 +9,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._storage import JournalOperation
+from optuna.study import StudyDirection
 
 from tune_service.lease import Lease, locked
 
 
-class Journal(JournalStorage):
+class StudyJournal(JournalStorage):
     """Optuna's journal storage. What it writes, every tool of Optuna's reads."""
-
-    def __init__(self, file: Path, lock: Path, lease: Lease | None = None) -> None:
-        super().__init__(JournalFileBackend(str(file), _KernelLock(lock, file, lease)))
 
     def update_trial(
         self, trial_id: int, attrs: Mapping[str, Any], intermediate_values: Mapping[int, float] | None = None
@@ -39,6 +38,20 @@ class Journal(JournalStorage):
             common = {"worker_id": self._replay_result.worker_id, "trial_id": trial_id}
             self._backend.append_logs([log | common for log in logs])
             self._sync_with_backend()
+
+
+def begin_study(journal: StudyJournal, name: str, direction: StudyDirection, attrs: Mapping[str, Any]) -> None:
+    """Makes a study without trials."""
+    study = optuna.create_study(storage=journal, study_name=name, direction=direction)
+    for key, value in attrs.items():
+        study.set_user_attr(key, value)
+
+
+class Journal(StudyJournal):
+    """One in a file."""
+
+    def __init__(self, file: Path, lock: Path, lease: Lease | None = None) -> None:
+        super().__init__(JournalFileBackend(str(file), _KernelLock(lock, file, lease)))
 
 
 class _KernelLock(JournalFileOpenLock):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from trainables.checkpoint import CheckpointStore
 from trainables.model_files import least_parameters
+from trainables.stores import Checkpoints
 from tune_service.retention import Kept, to_delete
 from tune_service.spec import StudySpec
 from tune_service.status import ObjectiveStatus, TrialState, TrialStatus, objective_value
@@ -47,7 +47,7 @@ class KeptCheckpoints:
 
     def __init__(
         self,
-        store: CheckpointStore,
+        store: Checkpoints,
         objective: ObjectiveStatus,
         budget_bytes: int,
         least_bytes: int,

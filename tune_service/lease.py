@@ -14,12 +14,13 @@ import os
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainables.checkpoint import lease_holds
 from trainables.errors import Problem
+from trainables.stores import lease_holds
 from tune_service.errors import LeaseLostError, StorageError, StudyRunningError
 
 LOOK_PATIENCE_S = 1.0
@@ -35,34 +36,45 @@ STARTING_S = 300.0
 """The same for the time before its first round: a cold start of Ray on a busy machine."""
 
 
-class Lease:
+SILENT = "this process was silent, and another one has taken the study over"
+
+
+class Lease(ABC):
     """This process's hold on a study."""
 
-    def __init__(self, path: Path, descriptor: int, token: str) -> None:
-        self._path = path
-        self._descriptor = descriptor
-        self._token = token
+    def __init__(self, study: str) -> None:
+        self._study = study
         self._sign = time.monotonic()
 
     @property
-    def identity(self) -> tuple[str, str]:
-        """(path, token): the lease holds as long as that file ends with that token."""
-        return str(self._path), self._token
+    def beat_s(self) -> float:
+        return BEAT_S
 
     @property
-    def lost(self) -> bool:
-        return not lease_holds(self.identity)
+    @abstractmethod
+    def identity(self) -> tuple[str, str]:
+        """What `lease_holds` knows it by, in another process."""
+
+    @property
+    @abstractmethod
+    def lost(self) -> bool: ...
+
+    @abstractmethod
+    def _found(self) -> str:
+        """How it was lost."""
+
+    @abstractmethod
+    def _touch(self) -> None:
+        """One beat."""
+
+    @abstractmethod
+    def close(self) -> None: ...
 
     def check(self) -> None:
         """LeaseLostError when another process has taken the study over."""
         if self.lost:
-            silent = "this process was silent, and another one has taken the study over"
-            found = silent if self._path.exists() else f"{self._path} is gone"
             expected = "one of the two; this one ends and writes nothing more"
-            raise LeaseLostError(Problem(self._path.parent.name, "a study has one driver", found, expected))
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+            raise LeaseLostError(Problem(self._study, "a study has one driver", self._found(), expected))
 
     def sign_of_life(self) -> None:
         """The holder's main loop goes round: to be called several times a minute. LeaseLostError when it need not."""
@@ -84,17 +96,44 @@ class Lease:
 
     def _beat(self, end: threading.Event, on_stuck: Callable[[str], None]) -> None:
         before, is_stuck = time.monotonic(), False
-        while not end.wait(BEAT_S):
+        while not end.wait(self.beat_s):
             now = time.monotonic()
-            if now - before > 5 * BEAT_S:
+            if now - before > 5 * self.beat_s:
                 self._sign = now  # the whole process stood still: no word on its main loop
             before = now
             if now - self._sign <= STUCK_S:
                 with suppress(OSError):  # a disk that is away for a moment
-                    os.utime(self._descriptor)
+                    self._touch()
             elif not is_stuck:
                 is_stuck = True
                 on_stuck(f"the driver has been stuck for {STUCK_S:.0f} s")
+
+
+class FileLease(Lease):
+    """A lock file that ends with this one's token."""
+
+    def __init__(self, path: Path, descriptor: int, token: str) -> None:
+        super().__init__(path.parent.name)
+        self._path = path
+        self._descriptor = descriptor
+        self._token = token
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return str(self._path), self._token
+
+    @property
+    def lost(self) -> bool:
+        return not lease_holds(self.identity)
+
+    def _found(self) -> str:
+        return SILENT if self._path.exists() else f"{self._path} is gone"
+
+    def _touch(self) -> None:
+        os.utime(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def is_held(path: Path) -> bool:
@@ -144,7 +183,7 @@ def _open(path: Path) -> int:
         raise StorageError(Problem(str(path), "is a file of this study's folder", found, "a plain file")) from error
 
 
-def _take(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> Lease:
+def _take(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> FileLease:
     descriptor = _open(path)
     try:
         if not _lock_patiently(descriptor, LOOK_PATIENCE_S):
@@ -155,7 +194,7 @@ def _take(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> Lease:
     except BaseException:
         os.close(descriptor)
         raise
-    return Lease(path, descriptor, token)
+    return FileLease(path, descriptor, token)
 
 
 def _take_over(path: Path, silent: int, journal_lock: Path, tell: Callable[[str], None]) -> int:

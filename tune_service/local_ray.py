@@ -17,8 +17,8 @@ from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 import psutil
 
-SCRATCH = "TUNE_SERVICE_SCRATCH"
-"""Names the scratch folder in the environment of every process of a Ray of ours."""
+from trainables.far import SCRATCH
+
 PR_SET_CHILD_SUBREAPER = 36
 LOOK_S = 1.0
 STOPPED_S = 20.0

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from trainables.errors import Problem
+from tune_service.home import StudyHome
 from tune_service.spec import ResourcesSpec, StudySpec
-from tune_service.storage import StudyFolder
 
 
 class Room(Protocol):
@@ -64,8 +64,11 @@ class Place(Protocol):
     @property
     def room(self) -> Room: ...
 
-    def settled(self, spec: StudySpec, folder: StudyFolder) -> StudySpec:
+    def settled(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         """The spec of a new study, with what it came with in the study's folder."""
+
+    def found_again(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
+        """The spec of a study that goes on, with the paths that what it came with has now."""
 
     def prepare(self, spec: StudySpec) -> None:
         """Before anything imports Ray."""

@@ -1,4 +1,4 @@
-"""The one record of a study: an Optuna study in a journal file or a database. Everything else is a view of it.
+"""The one record of a study: an Optuna study in a journal file. Everything else is a view of it.
 
 Optuna's trial states serve as they are. A trial that has a number but no end is RUNNING under a driver, and WAITING
 when it waits to be started or, stopped with the study, to go on: `study.ask` hands waiting trials out first. Only the
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -21,19 +21,15 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from trainables.checkpoint import finite_or_none
-from trainables.errors import Problem
+from trainables.errors import BucketError, Problem
 from trainables.fault_points import fault_point
 from trainables.redaction import redacted
 from tune_service.errors import LeaseLostError, RecordUnavailableError, StorageError
-from tune_service.journal import Journal
+from tune_service.home import StudyHome
 from tune_service.lease import Lease
 from tune_service.record_view import REPORT, RecordView, unreadable
 from tune_service.searcher import suggest
 from tune_service.status import best_report, objective_value
-from tune_service.storage import StudyFolder
-
-if TYPE_CHECKING:
-    from tune_service.postgres import Database
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -56,47 +52,34 @@ class Record(RecordView):
     """Reads and writes the record of one study."""
 
     @staticmethod
-    def create(
-        folder: StudyFolder, spec: Mapping[str, Any], sampler: BaseSampler, lease: Lease | None = None
-    ) -> Record:
+    def create(folder: StudyHome, spec: Mapping[str, Any], sampler: BaseSampler, lease: Lease | None = None) -> Record:
         """A new record, where `record` of the spec says. `spec` is kept as it is, and holds at least `objective`,
         `search_space` and `budget`.
 
-        It is written beside and renamed, so that no reader meets a record that says half of this.
+        No reader meets a record that says half of this.
         """
-        direction = direction_of(spec["objective"]["mode"])
         attrs = {
             "format": FORMAT,
             "created_at": _now(),
             "spec": dict(spec),
             "budget_trials": spec["budget"]["trials"],
         }
-        if spec.get("record") is not None:
-            from tune_service.database import create_record
-
-            create_record(spec["record"], folder.pointer, direction, attrs)
-        else:
-            unfinished = folder.journal.with_suffix(".new")
-            storage = Journal(unfinished, folder.journal_lock)
-            study = optuna.create_study(storage=storage, study_name=folder.name, direction=direction)
-            for name, value in attrs.items():
-                study.set_user_attr(name, value)
-            unfinished.replace(folder.journal)
+        folder.create_record(direction_of(spec["objective"]["mode"]), attrs, lease)
         return Record.open(folder, sampler, lease)
 
     @staticmethod
-    def open(folder: StudyFolder, sampler: BaseSampler | None = None, lease: Lease | None = None) -> Record:
-        """The record of an existing study. StorageError when it cannot be read, RecordUnavailableError when the
-        database that it lies in is away.
+    def open(folder: StudyHome, sampler: BaseSampler | None = None, lease: Lease | None = None) -> Record:
+        """The record of an existing study. StorageError when it cannot be read, RecordUnavailableError or BucketError
+        when the database or the bucket that it lies in is away.
 
         A driver gives `sampler` and its `lease`: once that is lost, every write raises LeaseLostError.
         """
         try:
-            storage, name = _stored(folder, lease)
+            storage, name = folder.open_record(lease)
             study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
             version = int(study.user_attrs["format"])
             record = Record(folder, study, storage) if version <= FORMAT else None
-        except (StorageError, RecordUnavailableError, LeaseLostError):
+        except (StorageError, RecordUnavailableError, LeaseLostError, BucketError):
             raise
         except Exception as error:  # what Optuna makes of a file that is not its own is anything
             raise unreadable(folder, f"{type(error).__name__}: {error}") from error
@@ -245,24 +228,6 @@ class Record(RecordView):
 
     def _set(self, trial: FrozenTrial, name: str, value: Any) -> None:
         self._storage.set_trial_user_attr(trial._trial_id, name, value)
-
-
-def _stored(folder: StudyFolder, lease: Lease | None) -> tuple[Journal | Database, str]:
-    """The study in its storage, by the name it has there."""
-    if not folder.pointer.exists():
-        return Journal(folder.journal, folder.journal_lock, lease), folder.name
-    from tune_service.postgres import Database  # SQLAlchemy loads only where it is needed
-
-    database = Database(folder.pointer, lease)
-    return database, database.study_name
-
-
-def erase_record(folder: StudyFolder) -> None:
-    """Removes what of a record lies outside of the study's folder. RecordUnavailableError."""
-    if folder.pointer.exists():
-        from tune_service.database import erase
-
-        erase(folder.pointer)
 
 
 def direction_of(mode: str) -> StudyDirection:

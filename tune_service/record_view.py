@@ -10,9 +10,9 @@ import optuna
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from trainables.checkpoint import verify
 from trainables.errors import Problem
 from tune_service.errors import StorageError
+from tune_service.home import StudyHome
 from tune_service.status import (
     BestTrial,
     CheckpointStatus,
@@ -26,11 +26,9 @@ from tune_service.status import (
     best_report,
     best_trial,
 )
-from tune_service.storage import StudyFolder
 
 if TYPE_CHECKING:
-    from tune_service.journal import Journal
-    from tune_service.postgres import Database
+    from tune_service.home import RecordStorage
 
 REPORT = "report:"
 """What the names of the attributes begin with that hold an epoch's metrics; the epoch follows."""
@@ -44,7 +42,7 @@ _STATES: dict[OptunaState, TrialState] = {
 class RecordView:
     """The record of one study, to be looked at."""
 
-    def __init__(self, folder: StudyFolder, study: optuna.Study, storage: Journal | Database) -> None:
+    def __init__(self, folder: StudyHome, study: optuna.Study, storage: RecordStorage) -> None:
         self.folder = folder
         self._study = study
         self._storage = storage
@@ -108,7 +106,7 @@ class RecordView:
         by_number = {trial.number: trial for trial in (self.trials() if trials is None else trials)}
 
         def usable(best: BestTrial) -> bool:
-            return not self.saves(best.number) or verify(self.folder.checkpoints.folder(best.number, best.epoch), deep)
+            return not self.saves(best.number) or self.folder.checkpoints.is_whole(best.number, best.epoch, deep)
 
         return best_trial(list(by_number.values()), self.objective, usable)
 
@@ -185,7 +183,7 @@ class RecordView:
         best = best_report(trial, self.objective) if trial.ended_at else None
         epoch = best.epoch if best is not None and best.epoch in kept else kept[-1]
         store = self.folder.checkpoints
-        path = str(store.folder(trial.number, epoch))
+        path = store.path(trial.number, epoch)
         return CheckpointStatus(epoch=epoch, bytes=store.num_bytes(trial.number, epoch), path=path)
 
     def _trials(self) -> list[FrozenTrial]:
@@ -206,7 +204,7 @@ def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def unreadable(folder: StudyFolder, why: str) -> StorageError:
+def unreadable(folder: StudyHome, why: str) -> StorageError:
     """The error of a record that is not what this version writes."""
-    found = f"{folder.pointer if folder.pointer.exists() else folder.journal}: {why}"
+    found = f"{folder.record_where}: {why}"
     return StorageError(Problem(folder.name, "has a record that can be read", found[:1000], "a whole record"))

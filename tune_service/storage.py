@@ -1,25 +1,57 @@
-"""Where studies lie. The only file that joins their paths."""
+"""Studies in a folder. The only file that joins their paths."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from trainables.bucket import is_url
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import Problem
-from tune_service.errors import OutputNotEmptyError, StorageError, StudyExistsError, StudyNotFoundError
+from tune_service.errors import (
+    OutputNotEmptyError,
+    RecordUnavailableError,
+    StorageError,
+    StudyExistsError,
+    StudyNotFoundError,
+)
 from tune_service.lease import Lease, is_held, taken
+
+if TYPE_CHECKING:
+    from optuna.study import StudyDirection
+
+    from tune_service.home import RecordStorage
 
 RECORDS = ("record.journal", "record.json")
 """A folder with one of these is a study: the record itself, or where it is."""
 
 
+@dataclass(frozen=True)
+class FileLog:
+    """A rank's log."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read(self, begin: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            return file.read()
+
+
 class StudyFolder:
     """The folder of one study, `STORAGE/NAME/`."""
+
+    poll_s = 0.5
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,38 +60,97 @@ class StudyFolder:
         """Where the record lies that is in a database; the study has no journal then."""
         self.journal_lock = path / "record.lock"
         self.driver_lock = path / "driver.lock"
-        self.driver_log = path / "driver.log"
+        self._driver_log = path / "driver.log"
         self.logs = path / "logs"
-        self.shipped = path / "shipped"
-        """What a study of a cluster came with: the user's code and data."""
+        self._shipped = path / "shipped"
         self.checkpoints = CheckpointStore(path / "checkpoints")
+        self.where = str(path)
+        self.logs_where = str(self.logs)
 
-    def rank_logs(self, trial: int | None = None) -> list[Path]:
-        """What the ranks wrote, by trial and rank."""
-        return sorted(self.logs.glob("*.log" if trial is None else f"trial-{trial:05d}-*.log"))
+    def open_record(self, lease: Lease | None = None) -> tuple[RecordStorage, str]:
+        if not self.pointer.exists():
+            from tune_service.journal import Journal
+
+            return Journal(self.journal, self.journal_lock, lease), self.name
+        from tune_service.postgres import Database  # SQLAlchemy loads only where it is needed
+
+        database = Database(self.pointer, lease)
+        return database, database.study_name
+
+    def create_record(self, direction: StudyDirection, attrs: Mapping[str, Any], lease: Lease | None = None) -> None:
+        """A journal is written beside and renamed."""
+        url = attrs["spec"].get("record")
+        if url is not None:
+            from tune_service.database import create_record
+
+            create_record(url, self.pointer, direction, attrs)
+            return
+        from tune_service.journal import Journal, begin_study
+
+        unfinished = self.journal.with_suffix(".new")
+        begin_study(Journal(unfinished, self.journal_lock), self.name, direction, attrs)
+        unfinished.replace(self.journal)
+
+    @property
+    def record_where(self) -> str:
+        return str(self.pointer if self.pointer.exists() else self.journal)
+
+    def rank_logs(self, trial: int | None = None) -> list[FileLog]:
+        paths = sorted(self.logs.glob("*.log" if trial is None else f"trial-{trial:05d}-*.log"))
+        return [FileLog(path) for path in paths]
 
     def driver_is_alive(self) -> bool:
-        """Whether some process drives the study; not one that is gone or has been silent for some time."""
         return is_held(self.driver_lock)
 
     def driving(self, tell: Callable[[str], None] = lambda line: None) -> AbstractContextManager[Lease]:
-        """Makes this process the study's driver. StudyRunningError while another one is.
-
-        `tell` hears of a silent driver that this one takes the place of.
-        """
         return taken(self.driver_lock, self.journal_lock, tell)
+
+    def driver_log(self) -> AbstractContextManager[Path]:
+        return nullcontext(self._driver_log)
+
+    def keep_shipped(self, folder: Path) -> Path:
+        shutil.copytree(folder, self._shipped)
+        return self._shipped
+
+    def shipped(self) -> Path | None:
+        return self._shipped if self._shipped.is_dir() else None
+
+    def origins(self, shipped: Path) -> Mapping[str, str]:
+        from tune_service.parcel import origins
+
+        return origins(self._shipped)
+
+    def abandon(self) -> None:
+        with suppress(RecordUnavailableError, StorageError):
+            self.erase_record()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def erase_record(self) -> None:
+        """Removes what of it lies outside of this folder. RecordUnavailableError."""
+        if self.pointer.exists():
+            from tune_service.database import erase
+
+            erase(self.pointer)
+
+    def remove(self) -> int:
+        self.erase_record()
+        num_bytes = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+        doomed = self.path.with_name(f".deleted-{self.path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.path.rename(doomed)  # out of sight first: the name is free again, whatever is left
+        shutil.rmtree(doomed)
+        return num_bytes
 
 
 class Storage:
     """A folder of studies."""
 
     def __init__(self, root: Path) -> None:
-        if re.search(r"(?:^|/)[a-z0-9]+:/", str(root)):  # it would become a folder named `s3:`
-            rule = "a storage is a folder: object stores are not supported yet"
-            raise StorageError(
-                Problem("--storage", rule, str(root), "a folder of this machine, or of a cluster's head")
-            )
+        if is_url(str(root)):  # it would become a folder named `s3:`
+            raise StorageError(Problem("--storage", "this is written into a folder", str(root), "--storage FOLDER"))
         self.root = root.absolute()
+        self.where = str(self.root)
+        self.exports = self.root
 
     def studies(self) -> list[StudyFolder]:
         """All studies, by name."""
@@ -99,8 +190,32 @@ class Storage:
                 Problem("--storage", "is a folder that can be written", f"{place} cannot", "another --storage DIR")
             )
 
+    @property
+    def disk(self) -> Path:
+        return self._place()
+
+    def check_record(self, url: str) -> None:
+        """They may."""
+
     def free_bytes(self) -> int:
-        return shutil.disk_usage(self._place()).free
+        return shutil.disk_usage(self.disk).free
+
+    def speeds(self, num_bytes: int) -> tuple[float, float]:
+        path, data = self._place() / f".check-{os.getpid()}", os.urandom(num_bytes)
+        try:
+            started = time.monotonic()
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                written_s = time.monotonic() - started
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it is read from memory
+            started = time.monotonic()
+            if path.read_bytes() != data:
+                raise OSError("it gave back another content")
+            return num_bytes / written_s, num_bytes / (time.monotonic() - started)
+        finally:
+            path.unlink(missing_ok=True)
 
     def _place(self) -> Path:
         """The root, or where it would be made."""
@@ -118,16 +233,6 @@ class Storage:
                 Problem("--storage", "is a folder that can be written", str(error), "another --storage DIR")
             ) from error
         return folder
-
-
-def remove(folder: StudyFolder) -> int:
-    """Removes a study whole. Returns its size in bytes."""
-    num_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
-    doomed = folder.path.with_name(f".deleted-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.path.rename(doomed)  # out of sight first: the name is free again, whatever is left
-    shutil.rmtree(doomed)
-    return num_bytes
 
 
 def check_out(out: Path) -> None:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tune_service.errors import RecordUnavailableError, StorageError
+from tune_service.home import StudyStorage
 from tune_service.status import BestTrial, Display, StudyState, StudyStatus, StudyView
-from tune_service.storage import Storage
-
-POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,9 @@ class Studies(Protocol):
 
 
 class LocalStudies:
-    """Those of a folder. What is heavy is imported by the question that needs it."""
+    """Those of a storage. What is heavy is imported by the question that needs it."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: StudyStorage) -> None:
         self._storage = storage
 
     def list(self) -> Iterator[StudyRow]:
@@ -96,7 +94,7 @@ class LocalStudies:
         record = Record.open(self._storage.study(name))
         while record.folder.driver_is_alive():
             yield record
-            time.sleep(POLL_S)
+            time.sleep(record.folder.poll_s)
         yield record
 
     def ended(self, name: str) -> Sequence[int]:
@@ -122,9 +120,7 @@ class LocalStudies:
                 if done and is_in(done, trial_of(path.name)):
                     continue
                 begin = shown.get(path.name, 0)
-                with path.open("rb") as file:
-                    file.seek(begin)
-                    text = file.read()
+                text = path.read(begin)
                 if alive:  # the last line may not be whole yet
                     text = text[: text.rfind(b"\n") + 1]
                 if text:
@@ -133,7 +129,7 @@ class LocalStudies:
                     yield LogPiece(path.name, lines, shown[path.name])
             if not alive:
                 return
-            time.sleep(POLL_S)
+            time.sleep(folder.poll_s)
 
     def stop(self, name: str, now: bool) -> StudyStatus:
         from tune_service.study import stop_study
@@ -141,7 +137,7 @@ class LocalStudies:
         return stop_study(name, now, self._storage)
 
     def where(self, name: str) -> str:
-        return str(self._storage.study(name).path)
+        return self._storage.study(name).where
 
     def delete(self, name: str) -> int:
         from tune_service.study import delete_study

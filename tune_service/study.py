@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,7 +9,7 @@ from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
 from typing import Any
 
-from trainables.errors import Problem, StorageUnavailableError
+from trainables.errors import BucketError, Problem, StorageUnavailableError
 from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import (
@@ -22,20 +21,20 @@ from tune_service.errors import (
     StudyHaltedError,
     StudyRunningError,
 )
+from tune_service.home import StudyHome, StudyStorage
 from tune_service.lease import Lease
 from tune_service.place import Place
-from tune_service.record import Record, direction_of, erase_record
+from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler
 from tune_service.spec import StudySpec, parse_spec
 from tune_service.status import Display, StudyStatus
-from tune_service.storage import Storage, StudyFolder, remove
 from tune_service.terminal import output_to
 from tune_service.this_machine import ThisMachine
 
 STOP_PATIENCE_S = 3600.0
 
 
-def run_study(spec: StudySpec, storage: Storage, display: Display, place: Place | None = None) -> StudyStatus:
+def run_study(spec: StudySpec, storage: StudyStorage, display: Display, place: Place | None = None) -> StudyStatus:
     """Checks everything, then runs a new study to its end. SpecError with all faults, before anything is written.
 
     Its trials run at `place`; without one, on this machine.
@@ -58,27 +57,25 @@ def run_study(spec: StudySpec, storage: Storage, display: Display, place: Place 
 
 
 @contextmanager
-def _whole_or_absent(folder: StudyFolder) -> Iterator[None]:
+def _whole_or_absent(folder: StudyHome) -> Iterator[None]:
     """A study that could not be written from its start leaves its name free."""
     try:
         yield
     except BaseException as error:
-        with suppress(RecordUnavailableError, StorageError):
-            erase_record(folder)
-        shutil.rmtree(folder.path, ignore_errors=True)
-        if not isinstance(error, OSError):
+        folder.abandon()
+        if not isinstance(error, OSError) or isinstance(error, BucketError):
             raise
         expected = "a disk with room, or another --storage DIR"
         raise CommandError(Problem("--storage", "takes what a study writes", str(error), expected)) from error
 
 
 def resume_study(
-    name: str, trials: str | None, storage: Storage, display: Display, place: Place | None = None
+    name: str, trials: str | None, storage: StudyStorage, display: Display, place: Place | None = None
 ) -> StudyStatus:
     """Goes on with a study that was stopped or cut off; `trials` adds to its budget (`+20`) or sets it (`80`)."""
     place = place or ThisMachine()
     folder = storage.study(name)
-    spec = stored_spec(Record.open(folder))
+    spec = place.found_again(stored_spec(Record.open(folder)), folder)
     problems = problems_of(run_checks(spec, storage, place.room))
     if problems:
         raise SpecError(problems)
@@ -93,7 +90,7 @@ def resume_study(
     return Record.open(folder).status(deep=True)
 
 
-def stop_study(name: str, now: bool, storage: Storage) -> StudyStatus:
+def stop_study(name: str, now: bool, storage: StudyStorage) -> StudyStatus:
     """Asks the driver to end, and waits until it has."""
     request_stop(name, now, storage)
     folder = storage.study(name)
@@ -106,14 +103,14 @@ def stop_study(name: str, now: bool, storage: Storage) -> StudyStatus:
     return Record.open(folder).status(deep=True)
 
 
-def request_stop(name: str, now: bool, storage: Storage) -> None:
+def request_stop(name: str, now: bool, storage: StudyStorage) -> None:
     """Asks the driver to end. A study without one is then stopped, not interrupted."""
     record = Record.open(storage.study(name))
     if record.status().state in ("running", "interrupted"):
         record.request_stop(now)
 
 
-def delete_study(name: str, storage: Storage) -> int:
+def delete_study(name: str, storage: StudyStorage) -> int:
     """Removes a study whole. Returns its size in bytes. StudyRunningError while it runs."""
     folder = storage.study(name)
     if folder.driver_is_alive():
@@ -122,8 +119,7 @@ def delete_study(name: str, storage: Storage) -> int:
             Problem("STUDY", "a running study is not deleted", found, f"`tune-service stop {name}`")
         )
     with folder.driving():
-        erase_record(folder)
-        return remove(folder)
+        return folder.remove()
 
 
 def _stored(spec: StudySpec) -> dict[str, Any]:
@@ -140,7 +136,7 @@ def stored_spec(record: Record) -> StudySpec:
     )
 
 
-def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, display: Display, place: Place) -> None:
+def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, display: Display, place: Place) -> None:
     """Runs trials until there are no more. However it ends, no trial is left as if it still ran."""
     from tune_service.driver import USER_STOP, Driver
 
@@ -155,7 +151,7 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
 
     reason = USER_STOP
     try:
-        with _terminate_as_interrupt(), output_to(folder.driver_log):
+        with _terminate_as_interrupt(), folder.driver_log() as log, output_to(log):
             on_lost = _abort_of(spec.name, place, display)
             run_trials(spec, folder, driver, lease.identity, place, tick, on_lost)
         if driver.halted is not None:
@@ -163,7 +159,8 @@ def _drive(spec: StudySpec, folder: StudyFolder, record: Record, lease: Lease, d
         if record.failure is not None:
             reason = "the study failed"
     except BaseException as error:
-        lease.check()
+        with suppress(BucketError):  # a store that is away says nothing of other drivers
+            lease.check()
         away = _record_away(error)
         if away is not None:
             raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
@@ -198,13 +195,8 @@ def _put_in_line(record: Record, reason: str, display: Display) -> None:
     """Trials without an end wait for `resume`. Where the record cannot say so, it is true all the same."""
     try:
         record.pause_all(reason)
-    except (
-        OSError,
-        StorageError,
-        RecordUnavailableError,
-        LeaseLostError,
-    ):  # what went wrong before is what is to be told
-        return
+    except (OSError, StorageError, RecordUnavailableError, LeaseLostError):
+        return  # what went wrong before is what is to be told
     display.show(record)
 
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tune_service.home import StudyHome
 from tune_service.local_ray import end_children, local_ray, prepare_environment
 from tune_service.machine import this_machine
 from tune_service.place import Usage
-from tune_service.spec import StudySpec
-from tune_service.storage import StudyFolder
+from tune_service.spec import StudySpec, moved
 
 
 class ThisMachine:
@@ -20,8 +20,12 @@ class ThisMachine:
     def __init__(self) -> None:
         self.room = this_machine()
 
-    def settled(self, spec: StudySpec, folder: StudyFolder) -> StudySpec:
+    def settled(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         return spec
+
+    def found_again(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
+        came_with = None if spec.folder.is_dir() else folder.shipped()  # of a cluster, and in a bucket
+        return spec if came_with is None else moved(spec, spec.folder, came_with)
 
     def prepare(self, spec: StudySpec) -> None:
         prepare_environment(self._concurrent(spec))

@@ -19,11 +19,11 @@ from trainables.redaction import redacted
 from trainables.trial import GroupShape, TrialSupervisor
 from trainables.worker import Task
 from tune_service.driver import Driver
+from tune_service.home import StudyHome
 from tune_service.place import Place, Session
 from tune_service.record import AskedTrial
 from tune_service.slots import Slots
 from tune_service.spec import StudySpec, beside
-from tune_service.storage import StudyFolder
 
 NUM_ENDED_KEPT = 50
 """Trials that Tune remembers beside those that run."""
@@ -31,7 +31,7 @@ NUM_ENDED_KEPT = 50
 
 def run_trials(
     spec: StudySpec,
-    folder: StudyFolder,
+    folder: StudyHome,
     driver: Driver,
     lease: tuple[str, str],
     place: Place,
@@ -78,7 +78,7 @@ def run_trials(
 
 
 def trial_config(
-    spec: StudySpec, folder: StudyFolder, lease: tuple[str, str], session: Session, asked: AskedTrial, slot: int
+    spec: StudySpec, folder: StudyHome, lease: tuple[str, str], session: Session, asked: AskedTrial, slot: int
 ) -> dict[str, Any]:
     """What the supervisor is told, as plain values."""
     if session.root is not None:
@@ -92,8 +92,8 @@ def trial_config(
         params=spec.training_values | asked.params,
         seed=spec.seed,
         max_epochs=spec.max_epochs,
-        logs=str(folder.logs),
-        checkpoints=str(folder.checkpoints.root),
+        logs=folder.logs_where,
+        checkpoints=folder.checkpoints.where,
         budget_bytes=spec.checkpoints.budget_bytes,
         lease=lease,
         shrinks=spec.faults.on_oom == "shrink",

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-import pytest
 from lab import HOME, SHARED, Lab, Machine, Started
-from program import ROOT, wait_until
+from object_store import install_moto
+from program import wait_until
 
 PORT = 5000
 _PACKAGES = SHARED / "moto"
@@ -27,7 +24,7 @@ class Cloud:
         self._free = list(lab.hosts)
         self.hosts: dict[str, Machine] = {}
         """The host of each instance that ran at some time."""
-        self._install(lab.shared / "moto")
+        install_moto(lab.shared / "moto")
         self.url = f"http://{lab.client.ip}:{PORT}"
         account = {
             "AWS_ENDPOINT_URL": self.url,
@@ -65,14 +62,6 @@ class Cloud:
             f"import boto3, json; ec2 = boto3.client('ec2', 'us-west-2'); print(json.dumps({expression}, default=str))"
         )
         return json.loads(self.lab.client.check("python", "-c", code))
-
-    def _install(self, folder: Path) -> None:
-        lock = (ROOT / "requirements.lock").read_text()
-        pins = re.findall(r"^#moto (.+)$", lock, re.MULTILINE)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--no-deps", "--no-compile"]
-        run = subprocess.run([*pip, "--target", str(folder), *pins], capture_output=True, text=True, check=False)
-        if run.returncode != 0:
-            pytest.skip(f"moto, the stand-in for AWS, cannot be installed: {run.stderr.strip()[-300:]}")
 
     def _give_hosts(self) -> None:
         """As AWS boots instances: their addresses begin to answer, and let in the key that Ray made for itself."""

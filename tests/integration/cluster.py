@@ -13,6 +13,7 @@ import sys
 import tempfile
 import urllib.request
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from program import ROOT, wait_until
 class Cluster:
     """One head without CPUs, as the cluster file makes it. Ends all that it started, by its mark."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = dict(environment or {})
         self.folder = Path(tempfile.mkdtemp(prefix="tc-", dir="/tmp"))  # Ray's sockets need a short path
         self.storage = self.folder / "studies"
         self.storage.mkdir()
@@ -122,6 +124,7 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "TUNE_SERVICE_STORAGE": str(self.storage),
             "TUNE_TEST_MARK": self._mark,
+            **self._environment,
         }
         for name_of_one_machine in ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
             environment.pop(name_of_one_machine, None)

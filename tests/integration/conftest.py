@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from cluster import Cluster
+from object_store import Store, install_moto, running_moto
 from program import Program, opened
 
 
@@ -25,3 +26,13 @@ def cluster() -> Iterator[Cluster]:
         yield found
     finally:
         found.close()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    folder = tmp_path_factory.mktemp("store") / "moto"
+    install_moto(folder)
+    with running_moto(folder) as port:
+        found = Store(port)
+        yield found
+        found.door.close()

@@ -91,6 +91,8 @@ class Program:
         shutil.copy(toys.__file__, self.specs)
         # Ray's sockets need a short path.
         self.scratch = Path(tempfile.mkdtemp(prefix="ts-", dir="/tmp"))
+        self.environment: dict[str, str] = {}
+        """More variables for every command."""
         self._mark = uuid.uuid4().hex
         self._num_commands = 0
 
@@ -104,6 +106,7 @@ class Program:
             "TUNE_TEST_MARK": self._mark,
             "TMPDIR": str(self.scratch),
             "PYTHONPATH": str(ROOT),  # the program of this tree, wherever another one is installed
+            **self.environment,
             **(env or {}),
         }
         command = [sys.executable, "-m", "tune_service.cli", *arguments]

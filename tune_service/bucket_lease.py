@@ -1,0 +1,194 @@
+"""Who drives a study in a bucket: the holder of the claim of the highest generation.
+
+A claim is an object `lease/GGGGGG-TOKEN.json`, which its holder writes anew every few seconds. Who wants the study
+puts a claim of the next generation, once the holder's says that it was released, or its process is gone from this very
+machine, or it has not changed for some time by the claimer's own clock; and takes it back when a list shows another of
+that generation. What a driver writes carries its generation, and only the highest is read: whoever wakes up late may
+write, but is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trainables.bucket import Bucket
+from trainables.errors import BucketError, Problem
+from trainables.stores import claim_holds, generation_of
+from tune_service.errors import StudyRunningError
+from tune_service.lease import SILENT, SILENT_S, Lease
+
+BEAT_S = 3.0
+LOOK_S = 1.0
+"""For so long a look at the claims is good for."""
+POLL_S = 1.0
+TRIES = 4
+"""Claims, when others claim at the same moment."""
+
+
+class BucketLease(Lease):
+    """This process's claim."""
+
+    def __init__(self, study: str, claims: Bucket, name: str) -> None:
+        super().__init__(study)
+        self.generation = generation_of(name)
+        self.token = name.partition("-")[2].removesuffix(".json")
+        self._claims, self._name = claims, name
+        self.rolls = count()
+        """Numbers what this driver writes whole."""
+        self._beats = 0
+        self._is_lost, self._looked_s = False, time.monotonic()
+        self._writes = threading.Lock()
+
+    @property
+    def beat_s(self) -> float:
+        return BEAT_S
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return self._claims.url, self._name
+
+    @property
+    def lost(self) -> bool:
+        now = time.monotonic()
+        if not self._is_lost and now - self._looked_s >= LOOK_S:
+            self._is_lost = not claim_holds(self._claims, self._name)
+            self._looked_s = now
+        return self._is_lost
+
+    def sign_of_life(self) -> None:
+        """Asks the store nothing: the beats do."""
+        self._sign = time.monotonic()
+        if self._is_lost:
+            self.check()
+
+    def _found(self) -> str:
+        return SILENT
+
+    def _touch(self) -> None:
+        with self._writes:
+            if not self.lost:  # a claim that somebody has removed is not put back
+                self._beats += 1
+                self._claims.put(self._name, _claim(self._beats, released=False))
+
+    def close(self) -> None:
+        """Says that the study is free. Where that cannot be said, the next driver finds out."""
+        with self._writes, suppress(BucketError):
+            self._looked_s = -LOOK_S
+            if not self.lost:
+                self._claims.put(self._name, _claim(self._beats, released=True))
+                self._is_lost = True
+
+
+def is_held(claims: Bucket) -> bool:
+    """Whether some process drives the study and is not silent, by the store's time of its last beat."""
+    found = claims.objects()
+    newest = max(found, default=None, key=generation_of)
+    if newest is None or time.time() - found[newest].written_s > SILENT_S:
+        return False
+    holder = _read(claims, newest)
+    return holder is not None and not holder["released"] and not _is_gone(holder)
+
+
+@contextmanager
+def taken(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -> Iterator[BucketLease]:
+    """Makes this process the study's driver. StudyRunningError while another one is, and is not silent.
+
+    `least`: the generation is higher than this one, whatever claims there are.
+    """
+    lease = _take(study, claims, least, tell)
+    try:
+        yield lease
+    finally:
+        lease.close()
+
+
+def _take(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -> BucketLease:
+    for _ in range(TRIES):
+        before = set(claims.objects())
+        newest = max(before, default=None, key=generation_of)
+        if newest is not None:
+            _wait_for_silence(study, claims, newest, tell)
+        generation = max(least, *map(generation_of, before), 0) + 1
+        name = f"{generation:06d}-{secrets.token_hex(8)}.json"
+        claims.put(name, _claim(0, released=False))
+        if not any(generation_of(other) >= generation for other in claims.objects() if other != name):
+            for other in before:
+                claims.delete(other)
+            return BucketLease(study, claims, name)
+        claims.delete(name)  # at the same moment as another process: both step back, and try again
+        time.sleep(random.uniform(0.2, 2.0))
+    raise _refusal(study, "several processes want to run it at this moment")
+
+
+def _wait_for_silence(study: str, claims: Bucket, name: str, tell: Callable[[str], None]) -> None:
+    """Waits until the holder of a claim does not count any more. StudyRunningError at its first beat."""
+    first = _read(claims, name)
+    if first is None or first["released"] or _is_gone(first):
+        return
+    holder = f"process {first['pid']} on {first['host']}"
+    began = time.monotonic()
+    while (silent_s := time.monotonic() - began) < SILENT_S:
+        time.sleep(POLL_S)
+        now = _read(claims, name)
+        if now is None or now["released"] or _is_gone(now):
+            return
+        if now != first:
+            raise _refusal(study, f"{holder} runs it")
+    tell(f"{holder} has been silent for {silent_s:.0f} s: taking the study over")
+
+
+def _refusal(study: str, found: str) -> StudyRunningError:
+    expected = f"wait for it, or stop it; it is taken over when it is silent for {SILENT_S:.0f} s"
+    return StudyRunningError(Problem(study, "a study has one driver", found, expected))
+
+
+def _claim(beats: int, released: bool) -> bytes:
+    own = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": os.uname().nodename}
+    return json.dumps(own | {"machine": _machine(), "beats": beats, "released": released}).encode()
+
+
+def _read(claims: Bucket, name: str) -> dict[str, Any] | None:
+    """A claim; None when it is gone. One that is no claim of ours counts as a silent stranger's."""
+    try:
+        raw = json.loads(claims.get(name))
+        return {
+            "pid": int(raw["pid"]),
+            "started": float(raw["started"]),
+            "host": str(raw["host"])[:100],
+            "machine": str(raw["machine"]),
+            "beats": int(raw["beats"]),
+            "released": bool(raw["released"]),
+        }
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return {"pid": 0, "started": 0.0, "host": "a machine unknown", "machine": "", "beats": 0, "released": False}
+
+
+def _is_gone(claim: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine and does not live any more."""
+    if claim["machine"] != _machine():
+        return False
+    try:
+        process = psutil.Process(claim["pid"])
+        return bool(process.create_time() != claim["started"] or process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _machine() -> str:
+    """This boot of this machine, and its view of processes: in another container a pid means another process."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

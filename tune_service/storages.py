@@ -1,0 +1,15 @@
+"""Opens the storage that a user names: a folder, or the URL of an object store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainables.bucket import Bucket, is_url
+from tune_service.bucket_storage import BucketStorage
+from tune_service.home import StudyStorage
+from tune_service.storage import Storage
+
+
+def open_storage(place: str) -> StudyStorage:
+    """UserError for a URL that cannot be one. Neither a folder is made nor a store asked."""
+    return BucketStorage(Bucket.open(place)) if is_url(place) else Storage(Path(place))
