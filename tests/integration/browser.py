@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -15,16 +14,15 @@ from typing import Any
 
 import aiohttp
 import pytest
+from debian import install
 
 
 def find_chromium() -> str:
     """Debian's; installed when this may be done, else the test is skipped."""
-    if (found := shutil.which("chromium")) is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        install = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
-        subprocess.run(install, capture_output=True, check=False, timeout=240)
-        found = shutil.which("chromium")
+    why_not = install("chromium") if shutil.which("chromium") is None else None
+    found = shutil.which("chromium")
     if found is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
+        pytest.skip(f"there is no chromium: {why_not}")
     return found
 
 

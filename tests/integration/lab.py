@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from debian import install
 from program import ROOT, Run, wait_until
 
 HOME = Path("/tmp/home")
@@ -34,15 +35,8 @@ def require_lab() -> None:
     if os.geteuid() != 0:
         pytest.skip("a lab of machines needs root, to make namespaces")
     missing = [package for name, package in _PACKAGES.items() if not shutil.which(name, path=_SYSTEM_PATH)]
-    if missing:
-        if not shutil.which("apt-get"):
-            pytest.skip(f"a lab of machines needs {', '.join(missing)}, and there is no apt-get")
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # starts no sshd here
-        install = ["apt-get", "-qq", "-y", "--no-install-recommends", "install", *missing]
-        for command in (["apt-get", "-qq", "update"], install):
-            run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-            if run.returncode != 0:
-                pytest.skip(f"a lab of machines needs {', '.join(missing)}: {' '.join(command)}: {run.stderr[-500:]}")
+    if missing and (why_not := install(*missing)) is not None:
+        pytest.skip(f"a lab of machines: {why_not}")
     probe = ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc"]
     run = subprocess.run([*probe, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True, check=False)
     if run.returncode != 0:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from debian import install
 from program import wait_until
 
 from tune_service.address import connected
@@ -49,9 +50,12 @@ def dashboard_port() -> Iterator[int]:
 @pytest.fixture(scope="module")
 def sshd_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """An sshd that takes the key `key` of its folder alone."""
-    program = shutil.which("sshd", path="/usr/sbin:/usr/bin")
-    if program is None or shutil.which("ssh-keygen") is None:
-        pytest.skip("there is no sshd: apt-get install openssh-server openssh-client")
+    path = "/usr/sbin:/usr/bin"
+    is_there = shutil.which("sshd", path=path) and shutil.which("ssh-keygen", path=path)
+    why_not = None if is_there else install("openssh-server", "openssh-client")
+    program = shutil.which("sshd", path=path)
+    if program is None or why_not is not None:
+        pytest.skip(f"there is no sshd: {why_not}")
     folder = tmp_path_factory.mktemp("sshd")
     for name in ("host", "key", "other"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
