@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial
 
+from tune_service.place import Usage
+from tune_service.this_machine import LocalSession
 from tune_service.tuner import NUM_ENDED_KEPT, _forget_ended, _StudyScheduler
 
 
@@ -27,6 +30,7 @@ class FakeController:
     _stopped_trials: set[FakeTrial] = field(default_factory=set)
     _failed_trials: set[FakeTrial] = field(default_factory=set)
     _trials_to_cache: set[FakeTrial] = field(default_factory=set)
+    _trial_to_actor: dict[FakeTrial, str] = field(default_factory=dict)
 
 
 def test_tune_forgets_the_trials_that_ended_long_ago_and_none_that_has_no_end() -> None:
@@ -44,10 +48,20 @@ def test_tune_forgets_the_trials_that_ended_long_ago_and_none_that_has_no_end() 
     assert controller._trials_to_cache == set(listed)
 
 
-def test_the_next_trial_is_the_first_of_those_that_wait_as_in_tune() -> None:
+def test_the_next_trial_is_the_first_that_waits_and_has_no_actor_on_its_way() -> None:
     scheduler = _StudyScheduler(driver=None)  # type: ignore[arg-type]
     trials: list[Any] = [FakeTrial(0, Trial.RUNNING), FakeTrial(1, Trial.PENDING), FakeTrial(2, Trial.PENDING)]
     scheduler.trials = {trial.trial_id: trial for trial in trials}
-    assert scheduler.choose_trial_to_run(None) is trials[1]
+    controller = FakeController(trials)
+    assert scheduler.choose_trial_to_run(controller) is trials[1]
+    controller._trial_to_actor = {trials[1]: "starting"}
+    assert scheduler.choose_trial_to_run(controller) is trials[2]
+    controller._trial_to_actor[trials[2]] = "starting"
+    assert scheduler.choose_trial_to_run(controller) is trials[1]
     trials[1].status = trials[2].status = Trial.RUNNING
-    assert scheduler.choose_trial_to_run(None) is None
+    assert scheduler.choose_trial_to_run(controller) is None
+
+
+def test_on_one_machine_as_many_trials_start_at_a_time_as_there_are_cores() -> None:
+    session = LocalSession(Path(), concurrent=8, cpus=3)
+    assert [session.slots(Usage(running, wants=20)) for running in (0, 1, 5, 8)] == [3, 4, 8, 8]

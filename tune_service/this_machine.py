@@ -33,7 +33,7 @@ class ThisMachine:
     @contextmanager
     def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> Iterator[LocalSession]:
         with local_ray(self.room.cpus, self.room.gpus, spec.name, on_lost) as scratch:
-            yield LocalSession(scratch, self._concurrent(spec))
+            yield LocalSession(scratch, self._concurrent(spec), self.room.cpus)
 
     def end_all(self) -> None:
         end_children()
@@ -48,11 +48,14 @@ class LocalSession:
 
     scratch: Path
     concurrent: int
+    cpus: int = 1
     supervisor_bundle: Mapping[str, float] = field(default_factory=dict)
     root: Path | None = None
 
     def slots(self, usage: Usage) -> int:
-        return self.concurrent
+        # No more start at a time than there are cores: the first is at work while the last are on their way, and none
+        # is still on its way when a warm group comes free, for which Tune would end it.
+        return min(self.concurrent, usage.running + self.cpus)
 
     def notice(self, waits: bool) -> str | None:
         return None

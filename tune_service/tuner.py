@@ -185,8 +185,13 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
         return str(TrialScheduler.CONTINUE if self._driver.result(result) else TrialScheduler.STOP)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The first that waits, as Tune has it; but that looks at every trial there ever was, at every step."""
-        return next((trial for trial in self.trials.values() if trial.status == Trial.PENDING), None)
+        """The first that waits; Tune's own looks at every trial there ever was, at every step.
+
+        One that no actor is starting for comes before: if Tune has an idle actor for it, it ends the starting one.
+        """
+        waiting = [trial for trial in self.trials.values() if trial.status == Trial.PENDING]
+        starting = tune_controller._trial_to_actor
+        return min(waiting, key=lambda trial: trial in starting, default=None)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         super().on_trial_complete(tune_controller, trial, result)

@@ -70,6 +70,7 @@ def measure(trials: int, concurrent: int, epoch_s: float) -> dict[str, Any]:
         "whole_command_s": round(cost.wall_s, 1),
         "first_start_after_s": round(starts[0], 1),
         **_phases(cost, times, begun, concurrent, epoch_s),
+        "others_cores": round(cost.others_cores, 2),
         "cpu_s": _rounded(cpu_s),
         "processes_started": cost.num_started,
         "driver_cpu_ms_a_trial": round(1000 * cpu_s["command"] / trials, 1),

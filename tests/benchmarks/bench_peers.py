@@ -13,7 +13,9 @@ token ids, first weights, batch, learning rates and schedule, and write a checkp
 each epoch; ours alone is hashed, and synced to the disk.
 
 Makespan: the whole command, from its start to its exit. Steady epoch: the median of a contender's epochs (training and
-evaluation) but for each trial's first. Ideal: all epochs at that pace, as many at a time as the contender runs.
+evaluation) but for each trial's first. Ideal: all epochs at that pace, as many at a time as the contender runs. Wants
+a quiet machine: optuna's threads wait for each other, and beside other work its epochs took up to 20 times as long.
+`others_cores` says what other work took of the machine.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ def run(name: str, study: Study, log: Path) -> tuple[dict[str, Any], list[Ran]]:
     return {
         "makespan_s": round(cost.wall_s, 1),
         "cpu_s": round(cost.cpu_s, 1),
+        "others_cores": round(cost.others_cores, 2),
         "steady_epoch_s": round(steady_s, 3),
         "ideal_s": round(ideal_s, 1),
         "overhead": round(cost.wall_s / ideal_s, 2),

@@ -19,6 +19,7 @@ Key = tuple[int, float]
 SAMPLE_S = 0.5
 PR_SET_CHILD_SUBREAPER = 36
 KINDS = {
+    "raylet/raylet": "raylet",  # its own command line names those of the workers that it starts
     # Tune wraps the supervisor's class, and a process has now this and now that name of it.
     "ResourceTrai": "supervisors",
     "TrialSupervisor": "supervisors",
@@ -27,7 +28,6 @@ KINDS = {
     "ray::RuntimeEnvAgent": "agents",
     "ray::": "idle workers",
     "_worker.py": "idle workers",  # one that has no name yet
-    "raylet/raylet": "raylet",
     "gcs_server": "gcs",
     "log_monitor": "log monitor",
     "dashboard": "dashboard",
@@ -61,6 +61,8 @@ class Cost:
     wall_s: float
     cpu_s: float
     """User and system, of all processes. What a process used in its last half second may be missing."""
+    others_cores: float
+    """What other work took of the machine meanwhile: with half a core or more, wall times say little."""
     samples: list[Sample] = field(default_factory=list)
     most_bytes: int = 0
     """Of all processes together, shared pages divided."""
@@ -72,17 +74,34 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None, lo
     """Runs a command to its end. Its standard error goes to `log`."""
     # What Ray's processes leave behind when they end becomes a child of this one, and stays in sight.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    began, began_at = time.monotonic(), time.time()
+    began, began_at, busy_before_s = time.monotonic(), time.time(), _busy_s()
     with (log or Path("/dev/null")).open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         meter = _Meter(process.pid, began)
         meter.start()
         output = process.communicate()[0]
-    wall_s = time.monotonic() - began
+    wall_s, busy_s = time.monotonic() - began, _busy_s() - busy_before_s
     meter.join()
     samples = meter.samples()
     cpu_s = sum(samples[-1].cpu_s.values()) if samples else 0.0
-    return Cost(output, process.returncode, began_at, wall_s, cpu_s, samples, meter.most_bytes, meter.num_started())
+    others_cores = max(0.0, busy_s - cpu_s) / wall_s
+    return Cost(
+        output,
+        process.returncode,
+        began_at,
+        wall_s,
+        cpu_s,
+        others_cores,
+        samples,
+        meter.most_bytes,
+        meter.num_started(),
+    )
+
+
+def _busy_s() -> float:
+    """CPU seconds of the whole machine since its start."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)  # `user` has no `nice` in it on Linux
 
 
 class _Meter(threading.Thread):

@@ -41,7 +41,11 @@ class Cluster:
             f"--temp-dir={self.folder / 'ray'}",
             {"study_head": 1000},
         )
-        wait_until(lambda: self.num_nodes() == 1, 60.0, "the head")
+        try:
+            wait_until(lambda: self.num_nodes() == 1, 120.0, "the head")
+        except BaseException:
+            self.close()
+            raise
 
     def add_worker(self, cpus: int, path: str = "") -> int:
         """Another node, with modules that come first there. Returns the pid of its first process."""
