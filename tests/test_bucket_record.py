@@ -134,6 +134,7 @@ def test_what_an_earlier_driver_still_writes_is_read_by_nobody(
         folders = {name.partition("/")[0] for name in record_bucket.objects()}
         record.set_budget(8)
         assert max(folders).startswith("000002-")
+        record_bucket.put("000001-0009-left/00000000.jsonl", b"{}\n")  # which it writes when it has much to say
         assert reader.budget_trials == 8
 
 
@@ -157,13 +158,15 @@ def test_many_segments_become_one(
 ) -> None:
     monkeypatch.setattr(bucket_journal, "MANY_SEGMENTS", 4)
     study, lease = driven
-    record, reader = Record.open(study, lease=lease), Record.open(another(storage))
+    record, reader = Record.open(study, RandomSampler(seed=0), lease), Record.open(another(storage))
+    assert record.ask({}, lambda number: {}) is not None
     most = 0
     for budget in range(5, 25):
         record.set_budget(budget)
         most = max(most, len(segments(record_bucket)))
         assert reader.budget_trials == budget, "a reader follows over the change"
         assert Record.open(another(storage)).budget_trials == budget
+        assert [trial.number for trial in reader.trials()] == [0], "nothing is read twice"
     assert 4 <= most <= 8
     assert len({name.partition("/")[0] for name in record_bucket.objects()}) == 1, "what was before is deleted"
 
