@@ -171,7 +171,10 @@ def test_of_two_that_want_a_silent_drivers_place_one_gets_it(folder: StudyFolder
         first = subprocess.Popen([sys.executable, "-c", OTHER, str(folder.path)], stdin=subprocess.PIPE, stdout=-1)
         second = subprocess.Popen([sys.executable, "-c", OTHER, str(folder.path)], stdin=subprocess.PIPE, stdout=-1)
         try:
-            time.sleep(4)
+            end = time.monotonic() + 30
+            while first.poll() is None and second.poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+            time.sleep(2)
             states = [each.poll() for each in (first, second)]
             assert sorted(state is None for state in states) == [False, True], states
         finally:

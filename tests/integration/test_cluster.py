@@ -137,7 +137,8 @@ def test_a_rank_that_fails_on_another_node_leaves_its_last_words(laptop: Laptop)
 
 def test_a_second_study_gets_its_share_while_the_first_has_trials_left(laptop: Laptop) -> None:
     values = {"search_space": {"x": {"choice": list(range(8))}}, "resources": {"cpus_per_worker": 1}}
-    slow = values | {"training": {"epoch_s": 1.0}, "budget": {"trials": 8, "concurrent_trials": None}}
+    # It takes a minute, far more than the second one's job takes to begin on a busy machine.
+    slow = values | {"training": {"epoch_s": 4.0}, "budget": {"trials": 8, "concurrent_trials": None}}
     laptop.json("submit", laptop.program.spec("first", slow))
     laptop.program.wait_for_note("first", "epoch", x=1, epoch=1)  # it has both CPUs
     laptop.json("submit", laptop.program.spec("second", values | {"budget": {"trials": 2}}), "--wait")
