@@ -44,7 +44,14 @@ def test_a_url_that_cannot_be_one_is_refused_as_input(url: str, found: str) -> N
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://AKIAX:tops3cret@lab/x", "s3://lab/x?secret_key=tops3cret", "s3://tops3cret@lab/x"]
+    "url",
+    [
+        "s3://AKIAX:tops3cret@lab/x",
+        "s3://lab/x?secret_key=tops3cret",
+        "s3://tops3cret@lab/x",
+        "s3://AKIAX:to/tops3cret@lab/x",
+        "s3://lab/x?endpoint_override=http://me:tops3cret@host",
+    ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(UserError) as refusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 import uuid
@@ -142,6 +143,20 @@ def test_deleting_a_study_leaves_no_row_of_it_and_all_of_the_others(postgres: Se
     delete_study("toy", study.storage)
     assert rows(postgres, url) == before
     assert not study.folder.path.exists() and other.record.status().best is not None
+
+
+def test_deleting_a_copy_of_a_study_leaves_the_studys_own_rows(
+    postgres: Server, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = HandDriven(tmp_path, record=url)
+    study.run(0.5)
+    study.end()
+    before = rows(postgres, url)
+    copies = Storage(tmp_path / "copies")
+    shutil.copytree(study.folder.path, copies.root / "toy")
+    delete_study("toy", copies)
+    assert copies.studies() == [] and rows(postgres, url) == before
+    assert "was not made in" in capsys.readouterr().err
 
 
 def test_a_study_whose_rows_are_gone_says_so_and_can_be_deleted(url: str, tmp_path: Path) -> None:

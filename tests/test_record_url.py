@@ -63,6 +63,7 @@ def test_a_url_names_no_file_and_no_option_that_it_need_not(parameter: str) -> N
         "postgresql://user:Cr0issant@host/tune",
         "postgresql://user:Cr0issant@host",
         "postgresql://user:Cr0@issant@host/tune",
+        "postgresql://user:Cr0/issant@host/tune",
         "postgresql://user@host/tune?password=Cr0issant",
         "postgresql://user@host/tune?sslmode=require&sslpassword=Cr0issant",
     ],

@@ -19,6 +19,7 @@ LOOKS = [
     "ghp_aBcDeFgHiJkLmNoPqRsTuVwXyZ0123456789",
     "AKIAIOSFODNN7EXAMPLE",
     "https://someone:passw0rd@example.org/data",
+    "postgresql://someone:pass/w0rd@example.org/data",
 ]
 
 

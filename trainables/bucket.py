@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 
 OPTIONS = {"s3": ("endpoint_override", "region", "scheme"), "gs": ("endpoint_override", "scheme")}
 """Scheme of a URL -> what may follow its `?`."""
+_PLACE, _EXAMPLE = "--storage", "s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
 CONNECT_S = 5.0
 SILENCE_S = 6.0
 """Without a byte for so long, a request has failed. Three of them, with the waits between, make about 20 s."""
@@ -67,11 +68,7 @@ class Bucket:
     @staticmethod
     def open(url: str) -> Bucket:
         """Asks nothing of the store yet. UserError for a URL that cannot be one."""
-        parts = urlsplit(url)
-        scheme = "gs" if parts.scheme == "gcs" else parts.scheme
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        _check(scheme, parts.netloc, options)
-        root = f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/")
+        scheme, root, options = parsed(url)
         return Bucket(filesystem(scheme, **options), root, url)
 
     @property
@@ -201,13 +198,22 @@ def at_once(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Resul
         return list(pool.map(work, items))
 
 
+def parsed(url: str) -> tuple[str, str, dict[str, str]]:
+    """(scheme, bucket and folder, options) of a URL. UserError for one that cannot be, with no secret in it."""
+    if "@" in url:
+        rule = "credentials stand in the environment, never in a URL, which is kept and shown"
+        raise UserError(Problem(_PLACE, rule, "something before an @", _EXAMPLE))
+    parts = urlsplit(url)
+    scheme = "gs" if parts.scheme == "gcs" else parts.scheme
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    _check(scheme, parts.netloc, options)
+    return scheme, f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/"), options
+
+
 def _check(scheme: str, bucket: str, options: Mapping[str, str]) -> None:
-    place, example = "--storage", "s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
+    place, example = _PLACE, _EXAMPLE
     if scheme not in OPTIONS:
         raise UserError(Problem(place, "a storage is a folder or an object store", f"{scheme}://", example))
-    if "@" in bucket:
-        rule = "credentials stand in the environment, never in a URL, which is kept and shown"
-        raise UserError(Problem(place, rule, "something before an @", example))
     if not re.fullmatch(r"[a-z0-9A-Z][\w.-]+", bucket):
         raise UserError(Problem(place, "a URL names its bucket", repr(bucket), example))
     if options.get("scheme", "https") not in ("http", "https"):

@@ -39,7 +39,7 @@ _TOKENS |= {
 _LOOKS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-(?:[a-z]+[0-9]*-)?[A-Za-z0-9_]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
     r"|\bgithub_pat_\w{16,}|\bA[KS]IA[A-Z0-9]{16}\b|\bxox[abprs]-[\w-]{10,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|(?<=://)[^\s/:@]*:(?!\d{1,5}/)[^\s@]+(?=@)"
 )
 
 

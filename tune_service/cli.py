@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from trainables.bucket import is_url, parsed
 from trainables.errors import Problem, UserError
 from trainables.redaction import redacted
 from tune_service.cluster_cli import app as cluster_app
@@ -371,6 +372,8 @@ def _remote(storage: str, address: str) -> Iterator[RemoteStudies]:
 
     # What the environment here says is about this machine's own studies.
     is_meant = storage not in (DEFAULT_STORAGE, os.environ.get("TUNE_SERVICE_STORAGE"))
+    if is_meant and is_url(storage):
+        parsed(storage)  # before it stands in the list of jobs: it may hold a secret
     try:
         with connected(address) as dashboard:
             yield RemoteStudies(dashboard, storage if is_meant else None)

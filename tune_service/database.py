@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ _SETTINGS = (
 )
 _IDLE_TIMEOUT = "25P03"
 """What a driver is told that was frozen within a transaction."""
+_HOME = "home"
+"""The attribute of a study that holds the folder that it was made in."""
 _MAKING_TABLES = text(f"SELECT pg_advisory_xact_lock({0x74756E65})")
 """Two who make the tables at once would fail both."""
 _ADVICE = {
@@ -116,7 +119,8 @@ def create_record(url: str, path: Path, direction: StudyDirection, attrs: Mappin
     """A study in the database, in one transaction, and then the pointer to it: whoever finds that finds it whole."""
     pointer = Pointer(url, f"{path.parent.name}-{secrets.token_hex(4)}")
     storage = opened(url, make_tables=True)
-    rows = [models.StudyUserAttributeModel(key=name, value_json=json.dumps(value)) for name, value in attrs.items()]
+    values = {**attrs, _HOME: str(path.parent)}
+    rows = [models.StudyUserAttributeModel(key=name, value_json=json.dumps(value)) for name, value in values.items()]
     directions = [models.StudyDirectionModel(objective=0, direction=direction)]
     try:
         with Session(storage.engine) as session, session.begin():
@@ -129,15 +133,24 @@ def create_record(url: str, path: Path, direction: StudyDirection, attrs: Mappin
 
 
 def erase(path: Path) -> None:
-    """Removes the rows of the study that the pointer at `path` names, however many of them are left."""
+    """Removes the rows of the study that the pointer at `path` names, however many of them are left.
+
+    Not those of a study that was made elsewhere: a folder may be a copy, or a stranger's that names what is yours.
+    """
     pointer = Pointer.read(path)
     trials = (
         select(models.TrialModel.trial_id).join(models.StudyModel).where(models.StudyModel.study_name == pointer.study)
     )
     studies = select(models.StudyModel.study_id).where(models.StudyModel.study_name == pointer.study)
     engine = opened(pointer.url).engine
+    attribute = models.StudyUserAttributeModel
+    home = select(attribute.value_json).where(attribute.key == _HOME, attribute.study_id.in_(studies))
     try:
         with Session(engine) as session, session.begin():
+            if session.execute(home).scalar() != json.dumps(str(path.parent)):
+                here = f"study {pointer.study} of {pointer.url} was not made in {path.parent}"
+                print(f"{here}: its rows stay; `optuna delete-study` removes them", file=sys.stderr)
+                return
             for table in reversed(models.BaseModel.metadata.sorted_tables):  # those that name others come first
                 column = table.c.get("trial_id") if table.name != "trials" else None
                 if column is not None:

@@ -37,7 +37,7 @@ class UrlFault:
 def fault_of(url: object) -> UrlFault | None:
     """None when a record may lie there, as far as the URL tells."""
     found = _URL.fullmatch(url) if isinstance(url, str) else None
-    if isinstance(url, str) and re.search(r"//[^/@]*:[^/@]*@|pass\w*=", url):
+    if isinstance(url, str) and re.search(r"//[^@]*:[^@]*@|pass\w*=", url):
         return UrlFault("a record's URL holds no password: its study keeps it", "one (not shown)", NO_PASSWORD)
     if found is None:
         return UrlFault("a record is null (a file in the storage) or a PostgreSQL database", url, f"null, or {EXAMPLE}")
