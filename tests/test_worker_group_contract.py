@@ -333,6 +333,26 @@ def test_a_cold_group_has_longer_for_its_first_report_and_then_5_times_its_slowe
     assert deadline.seconds == 150
 
 
+def test_a_checkpoint_has_a_deadline_of_its_own() -> None:
+    """An epoch of 5 s may be followed by a checkpoint that takes minutes to reach its storage."""
+    deadline = StepDeadline(fixed_s=None)
+    deadline.saw(5.0)
+    assert (deadline.seconds, deadline.save_seconds) == (60.0, START_DEADLINE_S)
+    deadline.saved(40.0)
+    deadline.saved(3.0)
+    assert (deadline.seconds, deadline.save_seconds) == (60.0, 200.0)
+    assert StepDeadline(fixed_s=7.0).save_seconds == 7.0
+
+
+def test_a_report_that_lay_waiting_makes_no_epoch_long(cluster: None, task: MakeTask) -> None:
+    with ray_group() as group:
+        group.begin(task())
+        group.go_on()
+        time.sleep(2.0)
+        group.next_report()
+        assert group._deadline.slowest_s is not None and group._deadline.slowest_s < 1.0
+
+
 def test_a_step_deadline_of_the_spec_holds_from_the_first_epoch_on() -> None:
     deadline = StepDeadline(fixed_s=7.0)
     deadline.saw(100.0)

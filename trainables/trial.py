@@ -76,6 +76,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._logs = TrialLogs(self._task.logs, self._task.number)
         self._begun = False
         self._unsaved: RankReport | None = None
+        self._saves = False
         self._commit_s = 0.0
         fault_point(f"resetting-{self._task.number}")
         return True
@@ -131,10 +132,11 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         if next_report.saves and next_report.epoch >= self._task.max_epochs:  # nobody stops it any more
             return self._result(next_report.epoch, next_report.metrics, self._save(self._group, next_report))
         self._unsaved = next_report if next_report.saves else None
+        self._saves = next_report.saves or self._saves
         return self._result(next_report.epoch, next_report.metrics, None)
 
     def _save(self, group: WorkerGroup, report: RankReport) -> Manifest:
-        number, epoch = self._task.number, report.epoch
+        number, epoch, began = self._task.number, report.epoch, time.monotonic()
         self._store.check_room(number)
         try:
             group.save(self._store.stage(number, epoch))
@@ -143,6 +145,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             started = time.monotonic()
             manifest = self._store.commit(number, epoch, report.metrics)
             self._commit_s = time.monotonic() - started
+            self._deadline.saved(time.monotonic() - began)
             return manifest
         except Exception:
             self._store.discard(number, epoch)  # half a checkpoint takes the room that the record needs
@@ -186,8 +189,10 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         }
 
     def _next_within_s(self) -> float:
-        # Every report may be followed by a checkpoint, which has the same deadline.
-        return 2 * self._deadline.seconds if self._begun else START_DEADLINE_S
+        if not self._begun:
+            return START_DEADLINE_S
+        # A checkpoint may come before the next report, or with it.
+        return self._deadline.seconds + (self._deadline.save_seconds if self._saves else self._deadline.seconds)
 
     def _new_group(self) -> WorkerGroup:
         shape = self._shape

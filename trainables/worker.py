@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
@@ -73,6 +74,8 @@ class RankReport:
     epoch: int
     metrics: dict[str, float]
     saves: bool
+    took_s: float = field(default=0.0, compare=False)
+    """From the report before to this one, by the rank's own clock."""
 
 
 class RankWorker:
@@ -118,12 +121,13 @@ class RankWorker:
     def next_report(self) -> RankReport | None:
         """Runs up to the next report; None when the trainable has come to its end."""
         assert self._reports is not None, "begin comes first"
+        started = time.monotonic()
         with _plain_errors(self._rank):
             self._report = _checked(next(self._reports, None), self._report)
             if self._report is None:
                 return None
             metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
-        return RankReport(self._report.epoch, metrics, self._report.save is not None)
+        return RankReport(self._report.epoch, metrics, self._report.save is not None, time.monotonic() - started)
 
     def save(self, folder: str) -> None:
         """Writes this rank's part of the last report's checkpoint; nothing when its report has no `save`."""

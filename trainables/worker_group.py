@@ -43,6 +43,8 @@ class StepDeadline:
     """`faults.step_timeout_s` of the spec; None: from the slowest epoch so far."""
     slowest_s: float | None = None
     """The slowest epoch that this group has run; None: none yet."""
+    slowest_save_s: float | None = None
+    """The same of its checkpoints."""
 
     @property
     def seconds(self) -> float:
@@ -52,8 +54,20 @@ class StepDeadline:
             return START_DEADLINE_S
         return max(STEP_DEADLINE_MIN_S, STEP_DEADLINE_FACTOR * self.slowest_s)
 
+    @property
+    def save_seconds(self) -> float:
+        """How long a checkpoint may take, until it is whole."""
+        if self.fixed_s is not None:
+            return self.fixed_s
+        if self.slowest_save_s is None:
+            return START_DEADLINE_S
+        return max(STEP_DEADLINE_MIN_S, STEP_DEADLINE_FACTOR * self.slowest_save_s)
+
     def saw(self, epoch_s: float) -> None:
         self.slowest_s = max(self.slowest_s or 0.0, epoch_s)
+
+    def saved(self, save_s: float) -> None:
+        self.slowest_save_s = max(self.slowest_save_s or 0.0, save_s)
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,7 @@ class RayWorkerGroup(WorkerGroup):
         epochs = [report and report.epoch for report in reports]
         if len(set(epochs)) > 1:
             raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
-        self._deadline.saw(time.monotonic() - asked.at)
+        self._deadline.saw(max(report.took_s for report in reports if report) if any(reports) else 0.0)
         if self._task is not None:
             self._far.fetch_logs(self._task, self._deadline.seconds)
         first: RankReport | None = reports[0]
@@ -189,7 +203,7 @@ class RayWorkerGroup(WorkerGroup):
         return first and replace(first, saves=any(report.saves for report in reports))
 
     def save(self, folder: Path) -> None:
-        self._far.save(folder, self._deadline.seconds)
+        self._far.save(folder, self._deadline.save_seconds)
 
     def shutdown(self) -> None:
         for rank in self._ranks:
