@@ -238,6 +238,23 @@ def test_the_budget_counts_what_all_have_committed(store: BucketCheckpoints) -> 
     BucketCheckpoints(Bucket.open(URL), budget_bytes=GIB).check_room(1)
 
 
+def test_the_budget_counts_what_others_have_committed_during_an_upload(
+    store: BucketCheckpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, put_file = BucketCheckpoints(Bucket.open(URL), budget_bytes=11), bucket_checkpoints.put_tree
+
+    def slowly(bucket: Bucket, folder: Path, names: list[str]) -> None:
+        put_file(bucket, folder, names)
+        Bucket.open(URL).put(f"manifests/00001-0001-6-000000-{'0' * 16}.json", b"{}")
+
+    monkeypatch.setattr(bucket_checkpoints, "REMEMBERED_S", 60.0)
+    monkeypatch.setattr(bucket_checkpoints, "put_tree", slowly)
+    with pytest.raises(CheckpointBudgetError):
+        write(small, 0, 1)
+    small.discard(0, 1)
+    assert objects() == [f"manifests/00001-0001-6-000000-{'0' * 16}.json"]
+
+
 def test_a_failed_upload_leaves_nothing_when_it_is_dropped(
     store: BucketCheckpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:

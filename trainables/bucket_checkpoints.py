@@ -170,6 +170,8 @@ class BucketCheckpoints(Checkpoints):
         put_tree(self._bucket.at(upload.folder), staging, list(manifest.files))
         fault_point(f"committing-{trial}-{epoch}")
         self._check_lease()
+        self._forget()  # others have committed during the upload
+        self._check_budget(manifest.num_bytes)
         new = replace(upload, num_bytes=manifest.num_bytes)
         self._bucket.put(new.name, json.dumps(manifest.to_json(), indent=1, allow_nan=False).encode())
         self._upload = None
