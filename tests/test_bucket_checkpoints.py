@@ -15,7 +15,7 @@ from trainables.bucket import Bucket
 from trainables.bucket_checkpoints import BucketCheckpoints, open_store
 from trainables.bucket_logs import TrialLogs
 from trainables.checkpoint import CheckpointStore, Manifest
-from trainables.errors import BucketError, CheckpointBudgetError, CheckpointError, Problem
+from trainables.errors import BucketError, CheckpointBudgetError, CheckpointError, DamagedCheckpointError, Problem
 from trainables.stores import GIB
 
 URL = "s3://lab/toy/checkpoints"
@@ -190,6 +190,8 @@ def test_going_on_downloads_and_checks_and_falls_back_to_the_checkpoint_before(s
     found = again.latest(0)
     assert found is not None and found.epoch == 1
     assert (again.local(0, 1) / "model/weights").read_text() == "first"
+    with pytest.raises(DamagedCheckpointError):
+        again.local(0, 2)
     bucket.delete(damaged)
     assert not again.is_whole(0, 2, deep=False)
 

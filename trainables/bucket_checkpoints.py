@@ -24,7 +24,7 @@ from pathlib import Path
 
 from trainables.bucket import Bucket, Object, at_once, get_tree, is_url, put_tree
 from trainables.checkpoint import CheckpointStore, Manifest, finite_or_none, sha256, sizes_and_hashes
-from trainables.errors import CheckpointError
+from trainables.errors import CheckpointError, DamagedCheckpointError
 from trainables.far import own_files, scratch_place
 from trainables.fault_points import fault_point
 from trainables.stores import Checkpoints, generation_of
@@ -253,7 +253,7 @@ class BucketCheckpoints(Checkpoints):
             raise CheckpointError(f"{self.path(trial, epoch)}: a file is gone: {error}") from error
         for name in names:
             if ((to / name).stat().st_size, sha256(to / name)) != manifest.files[name]:
-                raise CheckpointError(f"{self.path(trial, epoch)}/{name} is not what was written, by its sha256")
+                raise DamagedCheckpointError(f"{self.path(trial, epoch)}/{name} is not what was written, by its sha256")
 
     def _disk(self) -> Path:
         return scratch_place()
