@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from test_driver import HandDriven
 
-from trainables.checkpoint import MANIFEST
+from trainables.checkpoint import MANIFEST, CheckpointStore
+from trainables.errors import DamagedCheckpointError
 from tune_service.best import export_best
 from tune_service.errors import CommandError, OutputNotEmptyError, StudyNotFoundError, exit_code
 from tune_service.spec import load_spec
@@ -202,6 +204,21 @@ def test_a_best_trial_whose_bytes_have_changed_is_not_exported(study: HandDriven
         exported(study, tmp_path / "none")
     assert exit_code(failure.value) == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_that_turns_out_damaged_as_it_is_copied_gives_way_to_the_next_trial(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket's bytes are hashed only then."""
+    copy = CheckpointStore.copy
+
+    def hashed(self: CheckpointStore, trial: int, epoch: int, to: Path, wanted: Callable[[Path], bool]) -> None:
+        if trial == 1:
+            raise DamagedCheckpointError("not what was written")
+        copy(self, trial, epoch, to, wanted)
+
+    monkeypatch.setattr(CheckpointStore, "copy", hashed)
+    assert exported(study, tmp_path / "out").number == 0
 
 
 def test_a_study_without_an_ended_trial_has_no_best(tmp_path: Path) -> None:

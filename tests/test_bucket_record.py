@@ -12,11 +12,13 @@ from optuna.samplers import RandomSampler
 
 from trainables.bucket import Bucket
 from trainables.errors import BucketError, Problem
-from tune_service import bucket_journal, bucket_lease
+from tune_service import bucket_journal, bucket_lease, bucket_storage
 from tune_service.bucket_lease import BucketLease
 from tune_service.bucket_storage import BucketStorage, StudyBucket
 from tune_service.errors import LeaseLostError, StorageError, StudyExistsError, StudyNotFoundError
 from tune_service.record import Record
+from tune_service.studies import LocalStudies
+from tune_service.study import delete_study
 
 Driven = tuple[StudyBucket, BucketLease]
 SPEC = {"objective": {"metric": "score", "mode": "max"}, "search_space": {}, "budget": {"trials": 4}}
@@ -235,8 +237,65 @@ def test_a_deleted_study_leaves_no_object(storage: BucketStorage, driven: Driven
     study, lease = driven
     record = Record.open(study, lease=lease)
     record.set_budget(5)
+    Bucket.open("s3://lab/studies/toy").put("driver-000001.log", b"a line")
     lease.close()
-    with another(storage).driving() as own, own.beating(print):
-        assert another(storage).remove() > 100
+    assert delete_study("toy", storage) > 100
     assert Bucket.open("s3://lab/studies").objects() == {}
     assert storage.studies() == []
+
+
+@pytest.mark.parametrize("killed_at", range(1, 7))
+def test_a_deletion_that_is_killed_is_gone_on_with_and_its_name_is_not_free(
+    storage: BucketStorage, driven: Driven, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    _, lease = driven
+    lease.close()
+    bucket, delete_all, calls = Bucket.open("s3://lab/studies/toy"), Bucket.delete_all, 0
+    bucket.put("checkpoints/trial-00000-epoch-0001-x/weights", b"large")
+    bucket.put("logs/trial-00000-rank-0.log", b"a line")
+
+    def killed(self: Bucket, under: str = "") -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= killed_at:
+            raise KeyboardInterrupt
+        delete_all(self, under)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bucket_storage, "at_once", lambda work, items: [work(item) for item in items])
+        patch.setattr(Bucket, "delete_all", killed)
+        delete_study("toy", storage)
+    assert list(LocalStudies(storage).list()) == []
+    if killed_at < 6:
+        with pytest.raises(StudyExistsError, match="tune-service delete toy"):
+            storage.create("toy")
+        with pytest.raises(StorageError, match="deleted"):
+            LocalStudies(storage).status("toy")
+        delete_study("toy", storage)
+        assert bucket.objects() == {}
+    else:
+        assert all(name.startswith("lease/") for name in bucket.objects()), "all else is gone, and the name free"
+        storage.create("toy")
+
+
+def test_who_reads_a_study_while_it_is_deleted_is_told_so(
+    storage: BucketStorage, driven: Driven, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lease = driven
+    lease.close()
+    reader, listed = Record.open(another(storage)), storage.studies()
+    delete_study("toy", storage)
+    with pytest.raises(StorageError, match="deleted meanwhile"):
+        reader.status()
+    monkeypatch.setattr(storage, "studies", lambda: listed)
+    assert list(LocalStudies(storage).list()) == []
+    assert "deleted meanwhile" in capsys.readouterr().err
+
+
+def test_a_study_that_fails_right_after_its_record_leaves_its_name_free(storage: BucketStorage) -> None:
+    study = storage.create("toy")
+    with study.driving() as lease:
+        Record.create(study, SPEC, RandomSampler(seed=0), lease)
+        study.abandon()
+    assert Bucket.open("s3://lab/studies").objects() == {}
+    storage.create("toy")

@@ -111,6 +111,10 @@ class Bucket:
         found = self._infos("", recursive=False)
         return sorted(self._name(info) for info in found if info.type.name == "Directory")
 
+    def names(self) -> list[str]:
+        """Names of the folders and objects in here, not of what lies in the folders."""
+        return sorted(self._name(info) for info in self._infos("", recursive=False))
+
     def _infos(self, under: str, recursive: bool) -> list[FileInfo]:
         from pyarrow.fs import FileSelector
 

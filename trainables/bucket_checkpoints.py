@@ -1,10 +1,12 @@
 """Checkpoints in a bucket: files under a name of their own, then a manifest, which is the commit.
 
-    CHECKPOINTS/trial-00003/epoch-0002-UPLOAD/...            the files
-    CHECKPOINTS/manifests/00003-0002-BYTES-UPLOAD.json       what belongs to it, put there last
+    CHECKPOINTS/trial-00003-epoch-0002-UPLOAD/...                  the files
+    CHECKPOINTS/manifests/00003-0002-BYTES-GENERATION-UPLOAD.json  what belongs to it, put there last
 
 What is read once there are manifests is whole: no two writers ever write to one name. One list of the manifests' names
-tells trials, epochs and sizes; it is remembered for a moment.
+tells trials, epochs and sizes; it is remembered for a moment. Of two of one epoch that of the higher generation of the
+driver counts: a supervisor that slept between its look at the lease and its manifest commits files that may be gone.
+(No folder for each trial: the store's client leaves an object for every folder that something was deleted from.)
 """
 
 from __future__ import annotations
@@ -13,18 +15,19 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainables.bucket import Bucket, at_once, get_tree, is_url, put_tree
+from trainables.bucket import Bucket, Object, at_once, get_tree, is_url, put_tree
 from trainables.checkpoint import CheckpointStore, Manifest, finite_or_none, sha256, sizes_and_hashes
-from trainables.errors import CheckpointError
+from trainables.errors import CheckpointError, DamagedCheckpointError
 from trainables.far import own_files, scratch_place
 from trainables.fault_points import fault_point
-from trainables.stores import Checkpoints
+from trainables.stores import Checkpoints, generation_of
 
 MANIFESTS = "manifests"
 REMEMBERED_S = 1.0
@@ -37,21 +40,24 @@ class _Commit:
     trial: int
     epoch: int
     num_bytes: int
+    generation: int
+    """Of the driver."""
     upload: str
 
     @staticmethod
     def of(name: str) -> _Commit | None:
         """None for a name that is not ours."""
-        found = re.fullmatch(r"([0-9]{5,9})-([0-9]{4,9})-([0-9]{1,18})-([0-9a-f]{16})\.json", name)
-        return _Commit(int(found[1]), int(found[2]), int(found[3]), found[4]) if found else None
+        found = re.fullmatch(r"([0-9]{5,9})-([0-9]{4,9})-([0-9]{1,18})-([0-9]{6,12})-([0-9a-f]{16})\.json", name)
+        return _Commit(int(found[1]), int(found[2]), int(found[3]), int(found[4]), found[5]) if found else None
 
     @property
     def name(self) -> str:
-        return f"{MANIFESTS}/{self.trial:05d}-{self.epoch:04d}-{self.num_bytes}-{self.upload}.json"
+        what = f"{self.trial:05d}-{self.epoch:04d}-{self.num_bytes}-{self.generation:06d}"
+        return f"{MANIFESTS}/{what}-{self.upload}.json"
 
     @property
     def folder(self) -> str:
-        return f"{_trial_folder(self.trial)}/epoch-{self.epoch:04d}-{self.upload}"
+        return f"{_trial(self.trial)}-epoch-{self.epoch:04d}-{self.upload}"
 
 
 def open_store(where: str, budget_bytes: int | None = None, lease: tuple[str, str] | None = None) -> Checkpoints:
@@ -67,7 +73,9 @@ class BucketCheckpoints(Checkpoints):
     def __init__(self, bucket: Bucket, budget_bytes: int | None = None, lease: tuple[str, str] | None = None) -> None:
         super().__init__(bucket.url, budget_bytes, lease)
         self._bucket = bucket
-        self._commits: list[_Commit] = []
+        self._generation = generation_of(lease[1]) if lease is not None else 0
+        self._commits: dict[tuple[int, int], list[_Commit]] = {}
+        """Trial and epoch -> its commits; the last one counts."""
         self._listed_s = -REMEMBERED_S
         self._upload: _Commit | None = None
         """What is being written here; its size is not known yet."""
@@ -76,33 +84,36 @@ class BucketCheckpoints(Checkpoints):
 
     # What there is
 
-    def _all(self) -> list[_Commit]:
-        """The oldest first. Two of one epoch are a repeated one whose writer was killed before it removed the first."""
-        now = time.monotonic()
-        if now - self._listed_s >= REMEMBERED_S:
-            found = self._bucket.at(MANIFESTS).objects()
-            names = sorted(found, key=lambda name: (found[name].written_s, name))
-            self._commits = [commit for name in names if (commit := _Commit.of(name)) is not None]
-            self._listed_s = now
+    def _all(self) -> dict[tuple[int, int], list[_Commit]]:
+        """Two of one epoch are a repeated one whose writer was killed before it removed the first, or a late one."""
+        if time.monotonic() - self._listed_s >= REMEMBERED_S:
+            self._take(self._bucket.at(MANIFESTS).objects())
         return self._commits
+
+    def _take(self, manifests: Mapping[str, Object]) -> None:
+        found = {commit: each.written_s for name, each in manifests.items() if (commit := _Commit.of(name)) is not None}
+        self._commits, self._listed_s = {}, time.monotonic()
+        for commit in sorted(found, key=lambda commit: (commit.generation, found[commit], commit.upload)):
+            self._commits.setdefault((commit.trial, commit.epoch), []).append(commit)
 
     def _forget(self) -> None:
         self._listed_s = -REMEMBERED_S
 
     def _commit_of(self, trial: int, epoch: int) -> _Commit | None:
-        return next((each for each in reversed(self._all()) if (each.trial, each.epoch) == (trial, epoch)), None)
+        found = self._all().get((trial, epoch))
+        return found[-1] if found else None
 
     def _trials(self) -> list[int]:
-        return sorted({commit.trial for commit in self._all()})
+        return sorted({trial for trial, _ in self._all()})
 
     def kept(self) -> dict[int, list[int]]:
-        found: dict[int, set[int]] = {}
-        for commit in self._all():
-            found.setdefault(commit.trial, set()).add(commit.epoch)
-        return {trial: sorted(found[trial]) for trial in sorted(found)}
+        found: dict[int, list[int]] = {}
+        for trial, epoch in sorted(self._all()):
+            found.setdefault(trial, []).append(epoch)
+        return found
 
     def epochs(self, trial: int) -> list[int]:
-        return sorted({commit.epoch for commit in self._all() if commit.trial == trial})
+        return sorted(epoch for number, epoch in self._all() if number == trial)
 
     def num_bytes(self, trial: int, epoch: int) -> int:
         commit = self._commit_of(trial, epoch)
@@ -110,11 +121,11 @@ class BucketCheckpoints(Checkpoints):
 
     def total_bytes(self) -> int:
         """Of what was committed: an upload counts with its manifest, not before."""
-        return sum(commit.num_bytes for commit in self._all())
+        return sum(commit.num_bytes for commits in self._all().values() for commit in commits)
 
     def path(self, trial: int, epoch: int) -> str:
         commit = self._commit_of(trial, epoch)
-        return f"{self._bucket.where}/{commit.folder if commit is not None else _trial_folder(trial)}"
+        return f"{self._bucket.where}/{commit.folder if commit is not None else _trial(trial)}"
 
     def is_whole(self, trial: int, epoch: int, deep: bool) -> bool:
         """By the sizes: the store looks after the content itself, and whoever downloads it hashes it."""
@@ -142,9 +153,12 @@ class BucketCheckpoints(Checkpoints):
 
     def stage(self, trial: int, epoch: int) -> Path:
         if trial not in self._swept:
-            self._remove_uploads(self._bucket.at(_trial_folder(trial)).folders(), trial)
+            folders = [name for name in self._bucket.folders() if name.startswith(f"{_trial(trial)}-")]
+            self._forget()  # the folders were listed before the manifests are: a new one is not among them
+            self._all()
+            self._remove_uploads(folders)
             self._swept.add(trial)
-        self._upload = _Commit(trial, epoch, 0, secrets.token_hex(8))
+        self._upload = _Commit(trial, epoch, 0, self._generation, secrets.token_hex(8))
         return own_files.emptied("staged")
 
     def commit(self, trial: int, epoch: int, metrics: Mapping[str, float]) -> Manifest:
@@ -156,12 +170,15 @@ class BucketCheckpoints(Checkpoints):
         put_tree(self._bucket.at(upload.folder), staging, list(manifest.files))
         fault_point(f"committing-{trial}-{epoch}")
         self._check_lease()
-        new = _Commit(trial, epoch, manifest.num_bytes, upload.upload)
+        self._forget()  # others have committed during the upload
+        self._check_budget(manifest.num_bytes)
+        new = replace(upload, num_bytes=manifest.num_bytes)
         self._bucket.put(new.name, json.dumps(manifest.to_json(), indent=1, allow_nan=False).encode())
         self._upload = None
-        before = [commit for commit in self._all() if (commit.trial, commit.epoch) == (trial, epoch) and commit != new]
-        self._remove(before)
-        self._commits = [*(commit for commit in self._commits if commit != new), new]
+        others = [commit for commit in self._all().get((trial, epoch), []) if commit != new]
+        self._remove([commit for commit in others if commit.generation <= new.generation])
+        newer = [commit for commit in others if commit.generation > new.generation]
+        self._commits[trial, epoch] = [new, *newer]
         own_files.emptied("staged")
         return manifest
 
@@ -174,28 +191,38 @@ class BucketCheckpoints(Checkpoints):
 
     def delete(self, trial: int, epoch: int) -> None:
         self._forget()  # another process has just committed it
-        self._remove([commit for commit in self._all() if (commit.trial, commit.epoch) == (trial, epoch)])
+        self._remove(self._all().get((trial, epoch), []))
 
     def sweep(self) -> None:
-        newest = {(commit.trial, commit.epoch): commit for commit in self._all()}
-        self._remove([commit for commit in self._all() if commit not in newest.values()])
-        for folder in self._bucket.folders():
-            number = folder.removeprefix("trial-")
-            if folder != number and number.isdecimal():
-                self._remove_uploads(self._bucket.at(folder).folders(), int(number))
+        found = self._bucket.objects()  # one list of everything, however many trials there are
+        num_bytes = Counter[str]()
+        for name, each in found.items():
+            num_bytes[name.partition("/")[0]] += each.num_bytes
+        prefix = f"{MANIFESTS}/"
+        self._take({name.removeprefix(prefix): each for name, each in found.items() if name.startswith(prefix)})
+        doomed: list[_Commit] = []
+        for commits in self._commits.values():
+            whole = [commit for commit in commits if num_bytes[commit.folder] == commit.num_bytes]
+            best = (whole or commits)[-1]
+            doomed += [commit for commit in commits if commit != best]
+            if best.num_bytes > 0 == num_bytes[best.folder]:  # a late manifest, of files that were swept
+                doomed.append(best)
+        self._remove(doomed)
+        self._remove_uploads(set(num_bytes))
 
-    def _remove(self, commits: list[_Commit]) -> None:
-        for commit in commits:
-            self._bucket.delete(commit.name)
-            self._commits = [each for each in self._commits if each != commit]
-        at_once(lambda commit: self._bucket.delete_all(commit.folder), commits)
+    def _remove(self, commits: Iterable[_Commit]) -> None:
+        doomed = list(commits)
+        at_once(self._bucket.delete, [commit.name for commit in doomed])
+        for commit in doomed:
+            self._commits[commit.trial, commit.epoch].remove(commit)
+            if not self._commits[commit.trial, commit.epoch]:
+                del self._commits[commit.trial, commit.epoch]
+        at_once(self._bucket.delete_all, [commit.folder for commit in doomed])
 
-    def _remove_uploads(self, names: list[str], trial: int) -> None:
-        """Those without a manifest. The folders were listed before the manifests are: a new one is not among them."""
-        self._forget()
-        whole = {commit.folder for commit in self._all()}
-        folders = [f"{_trial_folder(trial)}/{name}" for name in names]
-        at_once(self._bucket.delete_all, [folder for folder in folders if folder not in whole])
+    def _remove_uploads(self, folders: Iterable[str]) -> None:
+        """Those without a manifest, by the manifests that there are now."""
+        whole = {commit.folder for commits in self._commits.values() for commit in commits}
+        at_once(self._bucket.delete_all, sorted(name for name in folders if _is_upload(name) and name not in whole))
 
     # Reading
 
@@ -226,11 +253,15 @@ class BucketCheckpoints(Checkpoints):
             raise CheckpointError(f"{self.path(trial, epoch)}: a file is gone: {error}") from error
         for name in names:
             if ((to / name).stat().st_size, sha256(to / name)) != manifest.files[name]:
-                raise CheckpointError(f"{self.path(trial, epoch)}/{name} is not what was written, by its sha256")
+                raise DamagedCheckpointError(f"{self.path(trial, epoch)}/{name} is not what was written, by its sha256")
 
     def _disk(self) -> Path:
         return scratch_place()
 
 
-def _trial_folder(trial: int) -> str:
-    return f"trial-{trial:05d}"
+def _trial(number: int) -> str:
+    return f"trial-{number:05d}"
+
+
+def _is_upload(name: str) -> bool:
+    return re.match(r"trial-[0-9]+-epoch-", name) is not None

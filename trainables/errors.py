@@ -86,6 +86,10 @@ class CheckpointError(Exception):
     """A checkpoint is incomplete or its bytes are not the ones that were written."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """All of a checkpoint is there, and some of it is not what was written, by its sha256: it stays so."""
+
+
 class TrialError(Exception):
     """A trial cannot go on: a rank raised, died or went silent. The message ends with the rank's last log lines."""
 

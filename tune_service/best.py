@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from trainables.checkpoint import fsync_tree, write_json
-from trainables.errors import BucketError, CheckpointError, Problem
+from trainables.errors import BucketError, CheckpointError, DamagedCheckpointError, Problem
 from trainables.stores import Checkpoints
 from tune_service.errors import CommandError
 from tune_service.home import StudyStorage
@@ -30,17 +30,21 @@ def export_best(name: str, out: Path, storage: StudyStorage) -> BestTrial:
     check_out(out)
     folder = storage.study(name)
     record = Record.open(folder)
-    for _ in range(TRIES):
+    tries, damaged = 0, set[tuple[int, int]]()
+    while tries < TRIES:
+        status = record.status(deep=True, damaged=damaged)
         try:
-            return _export(name, record, out.absolute(), folder.checkpoints)
+            return _export(name, record, status, out.absolute(), folder.checkpoints)
+        except DamagedCheckpointError:  # a bucket's, whose bytes are hashed as they come
+            assert status.best is not None, "it was copied"
+            damaged.add((status.best.number, status.best.epoch))
         except CheckpointError:  # the driver of a running study has a better one, and has deleted this
-            continue
+            tries += 1
     found = f"{TRIES} times it was gone before it was copied"
     raise CommandError(Problem(name, "has a best trial that stays for a moment", found, "another try"))
 
 
-def _export(name: str, record: Record, out: Path, checkpoints: Checkpoints) -> BestTrial:
-    status = record.status(deep=True)
+def _export(name: str, record: Record, status: StudyStatus, out: Path, checkpoints: Checkpoints) -> BestTrial:
     if status.best is None:
         found = f"no completed or pruned trial with a finite {status.objective.metric} and a whole checkpoint"
         raise CommandError(Problem(name, "has a best trial", found, "a study with at least one trial that ended"))

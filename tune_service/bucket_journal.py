@@ -21,8 +21,9 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.storages.journal._storage import JournalStorageReplayResult
 
 from trainables.bucket import Bucket, at_once
-from trainables.errors import BucketError
-from tune_service.bucket_lease import BucketLease
+from trainables.errors import BucketError, Problem
+from tune_service.bucket_lease import DELETED, BucketLease
+from tune_service.errors import StorageError
 from tune_service.journal import StudyJournal
 
 REQUESTS = "requests"
@@ -162,9 +163,16 @@ class Segments(BaseJournalBackend):
             except FileNotFoundError as error:  # a driver has begun another folder meanwhile, and deleted this one
                 missing = error
                 self._folder = None
-        raise missing
+        raise self._deleted() from missing
+
+    def _deleted(self) -> StorageError:
+        rule, found = "has a record that can be read", f"{self._record.where}: it was deleted meanwhile"
+        expected = "a study that stays; `tune-service delete` goes on with a deletion that was cut off"
+        return StorageError(Problem("STUDY", rule, found, expected))
 
     def _read(self, found: dict[str, Any]) -> None:
+        if DELETED in found:
+            raise self._deleted()
         folders = {name.partition("/")[0] for name in found if name.endswith(_segment("", 0))} - {REQUESTS}
         if not folders:
             raise FileNotFoundError(f"{self._record.where} holds no record")

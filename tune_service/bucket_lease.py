@@ -29,6 +29,8 @@ from trainables.stores import claim_holds, generation_of
 from tune_service.errors import StudyRunningError
 from tune_service.lease import SILENT, SILENT_S, Lease
 
+DELETED = "deleted"
+"""An object of the record, put by a deleter: no list shows the study any more, and `delete` goes on with it."""
 BEAT_S = 3.0
 LOOK_S = 1.0
 """For so long a look at the claims is good for."""
@@ -81,6 +83,12 @@ class BucketLease(Lease):
             if not self.lost:  # a claim that somebody has removed is not put back
                 self._beats += 1
                 self._claims.put(self._name, _claim(self._beats, released=False))
+
+    def give_up(self) -> None:
+        """Takes the claim away: of a study that is gone. No beat puts it back."""
+        with self._writes:
+            self._is_lost = True
+            self._claims.delete_all()
 
     def close(self) -> None:
         """Says that the study is free. Where that cannot be said, the next driver finds out."""

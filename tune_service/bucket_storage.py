@@ -15,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainables.bucket import Bucket, get_tree, put_tree
+from trainables.bucket import Bucket, at_once, get_tree, put_tree
 from trainables.bucket_checkpoints import BucketCheckpoints
 from trainables.errors import Problem
 from trainables.far import own_files, scratch_place
 from trainables.stores import generation_of
-from tune_service.bucket_lease import BucketLease, is_held, taken
-from tune_service.errors import StorageError, StudyExistsError, StudyNotFoundError
+from tune_service.bucket_lease import DELETED, BucketLease, is_held, taken
+from tune_service.errors import LeaseLostError, StorageError, StudyExistsError, StudyNotFoundError
 from tune_service.lease import Lease
 
 if TYPE_CHECKING:
@@ -43,7 +43,13 @@ class BucketLog:
     bucket: Bucket
 
     def read(self, begin: int) -> bytes:
-        return self.bucket.get(self.name, begin) if begin < self.num_bytes else b""
+        try:
+            return self.bucket.get(self.name, begin) if begin < self.num_bytes else b""
+        except FileNotFoundError as error:
+            rule = "is there while it is read"
+            raise StorageError(
+                Problem(f"{self.bucket.where}/{self.name}", rule, "it was deleted meanwhile", "a study that stays")
+            ) from error
 
 
 class StudyBucket:
@@ -57,6 +63,8 @@ class StudyBucket:
         self._record, self._claims = bucket.at("record"), bucket.at("lease")
         self._logs, self._shipped = bucket.at("logs"), bucket.at("shipped")
         self._lease: BucketLease | None = None
+        self._is_new = False
+        """This process has made it, or was about to."""
         self._was_alive, self._asked_s = False, -ALIVE_S
 
     @property
@@ -88,15 +96,25 @@ class StudyBucket:
         assert isinstance(lease, BucketLease), "a bucket has no other way to tell two writers apart"
         if self.exists():
             raise _taken(self)
-        for leftovers in ("checkpoints", "logs"):  # of a study whose deletion was killed
+        self._is_new = True
+        for leftovers in ("checkpoints", "logs"):  # of a supervisor that a deleted study had lost
             self._bucket.delete_all(leftovers)
         journal = BucketJournal(self._record, lease, is_new=True)
         with journal.held():
             begin_study(journal, self.name, direction, attrs)
 
     def exists(self) -> bool:
-        """Whether there is a record, or the beginning of one."""
-        return bool(self._record.folders())
+        """Whether there is a record, the beginning of one, or one that is being deleted."""
+        return bool(self._record.names())
+
+    def is_listed(self) -> bool:
+        """Whether it exists and is not being deleted."""
+        names = self._record.names()
+        return bool(names) and DELETED not in names
+
+    def is_doomed(self) -> bool:
+        """Whether its deletion has begun."""
+        return DELETED in self._record.names()
 
     def driver_is_alive(self) -> bool:
         if self._lease is not None:
@@ -161,13 +179,29 @@ class StudyBucket:
         return {str(shipped / Path(there).relative_to(str(copy))): here for there, here in found.items()}
 
     def abandon(self) -> None:
-        with suppress(OSError):
-            if self._lease is not None and not self._lease.lost and not self.exists():
-                self._bucket.delete_all()
+        with suppress(OSError, LeaseLostError):
+            if self._lease is not None and not self._lease.lost and (self._is_new or not self.exists()):
+                self.remove()
 
     def remove(self) -> int:
+        """Out of sight first, the record last: what a kill leaves is found, and removed by the same call again."""
+        lease = self._lease
+        assert lease is not None, "nobody else begins a study of this name meanwhile"
+        lease.check()
         num_bytes = sum(found.num_bytes for found in self._bucket.objects().values())
-        self._record.delete_all()  # out of sight first
+        self._record.put(DELETED, b"")
+
+        def delete(folder: Bucket) -> None:
+            lease.sign_of_life()
+            folder.delete_all()
+
+        places = [self._bucket.at(name) for name in self._bucket.folders() if name not in ("record", "lease")]
+        at_once(delete, [place.at(name) for place in places for name in place.folders()])
+        at_once(delete, places)
+        at_once(delete, [self._record.at(name) for name in self._record.folders()])
+        lease.check()
+        self._record.delete_all()
+        lease.give_up()
         self._bucket.delete_all()
         return num_bytes
 
@@ -204,7 +238,7 @@ class BucketStorage:
     def studies(self) -> list[StudyBucket]:
         self._bucket.check()
         places = [self._study(name) for name in self._bucket.folders() if NAME.fullmatch(name)]
-        return [study for study in places if study.exists()]
+        return [study for study in places if study.is_listed()]
 
     def study(self, name: str) -> StudyBucket:
         self._bucket.check()
@@ -232,5 +266,9 @@ class BucketStorage:
 
 
 def _taken(study: StudyBucket) -> StudyExistsError:
+    if study.is_doomed():
+        found = f"{study.where} is being deleted"
+        expected = f"another name (--name), or `tune-service delete {study.name}`, which goes on with that"
+        return StudyExistsError(Problem("name", "is not taken in the storage", found, expected))
     expected = f"another name (--name), or `tune-service resume {study.name}`"
     return StudyExistsError(Problem("name", "is not taken in the storage", f"{study.where} exists", expected))

@@ -91,7 +91,7 @@ class StudyHome(Protocol):
         """Removes what this process has begun to write of a new study."""
 
     def remove(self) -> int:
-        """Removes the study whole. Returns its size in bytes."""
+        """Removes the study whole, for its driver. Returns its size in bytes."""
 
 
 class StudyStorage(Protocol):
@@ -118,7 +118,7 @@ class StudyStorage(Protocol):
         """All studies, by name."""
 
     def study(self, name: str) -> StudyHome:
-        """An existing study. StudyNotFoundError otherwise."""
+        """An existing study; one too whose deletion was cut off, to go on with that. StudyNotFoundError otherwise."""
 
     def check_free(self, name: str) -> StudyHome:
         """The place of a new study, nothing written yet. StudyExistsError when the name is taken."""

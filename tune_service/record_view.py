@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -30,6 +31,8 @@ from tune_service.status import (
 if TYPE_CHECKING:
     from tune_service.home import RecordStorage
 
+Damaged = AbstractSet[tuple[int, int]]
+"""Trial and epoch of checkpoints that are known not to be what was written."""
 REPORT = "report:"
 """What the names of the attributes begin with that hold an epoch's metrics; the epoch follows."""
 _STATES: dict[OptunaState, TrialState] = {
@@ -101,23 +104,27 @@ class RecordView:
         news = [trial for number, trial in enumerate(now) if number >= len(since) or trial is not since[number]]
         return [self._status(trial, alive, []) for trial in news], now
 
-    def best(self, trials: list[TrialStatus] | None = None, deep: bool = False) -> BestTrial | None:
-        """The best trial whose checkpoint is whole: by file sizes, or `deep`, by sha256."""
+    def best(
+        self, trials: list[TrialStatus] | None = None, deep: bool = False, damaged: Damaged = frozenset()
+    ) -> BestTrial | None:
+        """The best trial whose checkpoint is whole: by file sizes, or `deep`, by sha256; none of the `damaged`."""
         by_number = {trial.number: trial for trial in (self.trials() if trials is None else trials)}
 
         def usable(best: BestTrial) -> bool:
+            if (best.number, best.epoch) in damaged:
+                return False
             return not self.saves(best.number) or self.folder.checkpoints.is_whole(best.number, best.epoch, deep)
 
         return best_trial(list(by_number.values()), self.objective, usable)
 
-    def status(self, deep: bool = False) -> StudyStatus:
+    def status(self, deep: bool = False, damaged: Damaged = frozenset()) -> StudyStatus:
         trials = self.trials()
         return StudyStatus(
             study=self.folder.name,
             state=self._state(trials),
             objective=self.objective,
             trials=tuple(trials),
-            best=self.best(trials, deep),
+            best=self.best(trials, deep, damaged),
             notice=self.notice if self.folder.driver_is_alive() else None,
         )
 

@@ -118,7 +118,7 @@ def delete_study(name: str, storage: StudyStorage) -> int:
         raise StudyRunningError(
             Problem("STUDY", "a running study is not deleted", found, f"`tune-service stop {name}`")
         )
-    with folder.driving():
+    with folder.driving() as lease, lease.beating(lambda why: None):  # without beats it is another deleter's turn
         return folder.remove()
 
 

@@ -64,7 +64,7 @@ def test_a_study_lives_in_a_bucket_from_check_to_delete(program: Program, store:
     assert program.json("status", "whole") == status
     for trial in status["trials"]:
         place = trial["checkpoint"]["path"]
-        assert place.startswith(f"{URL}/whole/checkpoints/trial-{trial['number']:05d}/epoch-0003-")
+        assert place.startswith(f"{URL}/whole/checkpoints/trial-{trial['number']:05d}-epoch-0003-")
     assert [row["study"] for row in program.json("list")["studies"]] == ["whole"]
     best = program.json("best", "whole", "--out", str(tmp_path / "best"))
     assert json.loads((tmp_path / "best/checkpoint/state-0.json").read_text())["epoch"] == EPOCHS
