@@ -10,7 +10,7 @@ from test_driver import toy_spec
 
 from trainables.stores import GIB
 from tune_service import doctor_nodes
-from tune_service.diagnosis import Node, Port, memory, nodes_check, opened, ports, reach, versions
+from tune_service.diagnosis import Node, Port, memory, nodes_check, opened, ports, reach, token, versions
 from tune_service.node_look import METRICS, OPEN, OTHER, REFUSED, SILENT, UNKNOWN
 
 HERE = {"python": "3.12.1", "tune-service": "0.1.0, source aaaa"}
@@ -22,6 +22,15 @@ def node(address: str, gpus: float = 0.0, listed: int = 0, **found: Any) -> Node
 
 
 HEAD = node("10.0.0.1")
+
+
+def test_a_gcs_that_gives_no_answer_is_not_told_as_one_that_takes_orders() -> None:
+    assert token("10.0.0.1:6379", REFUSED).ok
+    assert "takes orders from who shows none" in token("10.0.0.1:6379", OPEN).found
+    for says in (SILENT, OTHER, UNKNOWN):
+        check = token("10.0.0.1:6379", says)
+        assert (check.ok, check.code) == (False, 1)
+        assert check.found == f"the GCS at 10.0.0.1:6379 gave no answer to who shows none ({says})"
 
 
 def test_the_node_that_differs_is_named_with_both_versions() -> None:

@@ -74,6 +74,20 @@ def not_looked_at(name: str, why: str, advice: str = "") -> Check:
     return Check(name, True, f"not looked at: {why}", advice)
 
 
+# The head
+
+
+def token(gcs: str, says: str) -> Check:
+    """Whether the GCS refuses who shows no token. `says`: what it said to one."""
+    if says == REFUSED:
+        return Check("token", True, f"the GCS at {gcs} refuses who shows none")
+    if says == OPEN:
+        found = f"the GCS at {gcs} takes orders from who shows none: anybody who reaches it runs programs"
+        return failed("token", found, TOKEN_ADVICE)
+    found = f"the GCS at {gcs} gave no answer to who shows none ({says})"
+    return failed("token", found, "look at the head, or `check` again: nobody knows whether it is guarded")
+
+
 # Versions
 
 

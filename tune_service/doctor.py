@@ -102,11 +102,7 @@ class _Doctor:
     def _token(self) -> Check:
         """Whether the one port that leads to everything, the GCS, refuses who shows no token."""
         host, _, port = os.environ["RAY_ADDRESS"].rpartition(":")
-        says = node_look.probed([(host, int(port))])[0]
-        if says == node_look.REFUSED:
-            return Check("token", True, f"the GCS at {host}:{port} refuses who shows none")
-        found = f"the GCS at {host}:{port} takes orders from who shows none: anybody who reaches it runs programs"
-        return diagnosis.failed("token", found, diagnosis.TOKEN_ADVICE)
+        return diagnosis.token(f"{host}:{port}", node_look.probed([(host, int(port))])[0])
 
     def _storage_speed(self) -> str:
         """Writes, reads and deletes a file where studies lie; a disk that hangs is not waited for."""
