@@ -22,7 +22,7 @@ from tune_service import diagnosis, node_look
 from tune_service.autoscaler import cluster_file, troubles
 from tune_service.check import Check, looked_at, room_for_checkpoints, run_checks
 from tune_service.cluster_ray import ThisCluster, joined
-from tune_service.cluster_room import ClusterRoom, demand, kinds_of
+from tune_service.cluster_room import demand
 from tune_service.diagnosis import Port
 from tune_service.doctor_nodes import look_at_nodes, try_ports
 from tune_service.doctor_trial import TRIED, try_trial
@@ -151,9 +151,6 @@ class _Doctor:
         if not start_nodes and not room.fits_now(resources):
             yield None, "no worker node is up" if not any(kind.cpus for kind in room.alive) else "no node up holds it"
             return
-        if not start_nodes and not ClusterRoom(_free()).fits_now(resources):
-            yield None, "other studies have all the room"
-            return
         import ray
 
         bundle = {"CPU": resources.cpus_per_worker}
@@ -163,7 +160,8 @@ class _Doctor:
         try:
             patience_s = START_NODES_S if start_nodes else ROOM_S
             came = self._comes(group, patience_s)
-            yield (group, "") if came else (None, f"no room came in {patience_s:.0f} s")
+            others = "" if start_nodes else ": others have it"
+            yield (group, "") if came else (None, f"no room came in {patience_s:.0f} s{others}")
         finally:
             ray.util.remove_placement_group(group)
 
@@ -194,10 +192,3 @@ class _Doctor:
             "data": spec.data.model_dump(mode="json") if spec.is_finetune and spec.data else None,
             "trainable": None if spec.is_finetune else spec.trainable,
         }
-
-
-def _free() -> Any:
-    """What is free on each node now."""
-    from ray._private.state import available_resources_per_node
-
-    return kinds_of((each.get("CPU", 0), each.get("GPU", 0)) for each in available_resources_per_node().values())
