@@ -128,8 +128,9 @@ def problems(spec: Mapping[str, Any]) -> list[str]:
             except UserError as error:
                 found += error.problems
         return [str(each) for each in found]
-    except ImportError as error:
-        return [f"tune-service there is another one: {error}"]
+    except Exception as error:  # of another version anything: a key it does not know, a name it does not have
+        text = " ".join(str(error).split())
+        return [f"tune-service there is another one, or fails: {type(error).__name__}: {text}"]
 
 
 def _of_ray(session: str, gcs_address: str) -> list[psutil.Process]:
