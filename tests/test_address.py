@@ -237,3 +237,20 @@ def test_a_file_that_is_no_cluster_file_is_wrong_input(text: str, tmp_path: Path
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(AddressError), connected(str(tmp_path / "file.yaml")):
         raise AssertionError("an address")
+
+
+@pytest.mark.parametrize(("status", "refuses"), [(401, True), (403, True), (200, False)])
+def test_a_dashboard_refuses_strangers_with_401_and_with_403(status: int, refuses: bool) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b'{"ray_version": "2.60.0"}')
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert Dashboard(f"http://127.0.0.1:{server.server_port}", "any", "here").refuses_strangers() is refuses
+        server.shutdown()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from test_driver import toy_spec
 
 from trainables.stores import GIB
-from tune_service.diagnosis import Node, Port, memory, nodes_check, opened, ports, reach, versions
-from tune_service.node_look import METRICS, OPEN, OTHER, REFUSED, SILENT
+from tune_service import doctor_nodes
+from tune_service.diagnosis import Node, Port, memory, nodes_check, opened, ports, reach, token, versions
+from tune_service.node_look import METRICS, OPEN, OTHER, REFUSED, SILENT, UNKNOWN
 
 HERE = {"python": "3.12.1", "tune-service": "0.1.0, source aaaa"}
 
@@ -20,6 +22,15 @@ def node(address: str, gpus: float = 0.0, listed: int = 0, **found: Any) -> Node
 
 
 HEAD = node("10.0.0.1")
+
+
+def test_a_gcs_that_gives_no_answer_is_not_told_as_one_that_takes_orders() -> None:
+    assert token("10.0.0.1:6379", REFUSED).ok
+    assert "takes orders from who shows none" in token("10.0.0.1:6379", OPEN).found
+    for says in (SILENT, OTHER, UNKNOWN):
+        check = token("10.0.0.1:6379", says)
+        assert (check.ok, check.code) == (False, 1)
+        assert check.found == f"the GCS at 10.0.0.1:6379 gave no answer to who shows none ({says})"
 
 
 def test_the_node_that_differs_is_named_with_both_versions() -> None:
@@ -72,6 +83,24 @@ def test_a_server_that_no_other_node_reaches_fails_and_a_process_that_has_ended_
     assert ports([port(6379, REFUSED), port(10002, SILENT, "ray::IDLE")]).ok
     check = ports([port(6379, REFUSED), port(10003, SILENT, "raylet")])
     assert not check.ok and check.found.startswith("from another node nobody reaches 10.0.0.2:10003 (raylet)")
+
+
+def test_ports_that_nobody_asked_are_told_and_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node is asked by the one after it; the third of three is silent."""
+    nodes = [node(f"10.0.0.{number}", listening=[("0.0.0.0", 6379, "raylet")]) for number in (1, 2, 3)]
+    answers: list[Any] = [[REFUSED], {"error": "no answer in 60 s"}, [REFUSED]]
+    monkeypatch.setattr(doctor_nodes, "_on_nodes", lambda function, calls, patience_s: answers)
+    found = doctor_nodes.try_ports(nodes)
+    assert [(port.address, port.says, port.asker) for port in found] == [
+        ("10.0.0.1", REFUSED, "10.0.0.2"),
+        ("10.0.0.2", UNKNOWN, "10.0.0.3"),
+        ("10.0.0.3", REFUSED, "10.0.0.1"),
+    ]
+    check = ports(found)
+    assert (check.ok, check.code) == (False, 1)
+    assert check.found.startswith("not looked at: node 10.0.0.3 gave no answer about 10.0.0.2:6379 (raylet); 2 refuse")
+    opened_too = ports([*found, port(8265, OPEN, "dashboard")])
+    assert opened_too.found.startswith("without the token answers 10.0.0.2:8265 (dashboard); not looked at: node")
 
 
 def test_a_port_reached_at_an_address_of_the_internet_fails_and_on_a_private_network_it_is_told() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ import grpc
 import pytest
 from test_driver import toy_spec
 
+from tune_service import node_look
 from tune_service.doctor_trial import largest_params
-from tune_service.node_look import METRICS, OPEN, OTHER, REFUSED, SILENT, probed, problems, source_digest
+from tune_service.node_look import METRICS, OPEN, OTHER, REFUSED, SILENT, UNKNOWN, probed, problems, source_digest
 
 
 @contextmanager
@@ -94,6 +96,19 @@ def test_grpc_of_no_known_service_and_a_socket_that_says_nothing_and_nobody_at_a
     assert said(port) == SILENT
 
 
+def test_many_slow_ports_do_not_take_longer_than_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def says(host: str, port: int) -> str:
+        time.sleep(0.0 if port == 1 else 0.5)
+        return REFUSED
+
+    monkeypatch.setattr(node_look, "_says", says)
+    monkeypatch.setattr(node_look, "PROBED_S", 0.3)
+    began = time.monotonic()
+    found = probed([("10.0.0.2", port) for port in range(1, 1001)])
+    assert (found[0], found[-1]) == (REFUSED, UNKNOWN)
+    assert time.monotonic() - began < 8.0  # not 1000 / 32 * 0.5 = 16
+
+
 def test_problems_of_a_node_are_the_missing_folders_and_the_module_that_cannot_be_imported(tmp_path: Path) -> None:
     nothing = {"model": None, "data": None, "trainable": None}
     assert problems(nothing) == []
@@ -103,6 +118,12 @@ def test_problems_of_a_node_are_the_missing_folders_and_the_module_that_cannot_b
     assert "no folder /no/data" in missing
     (unknown,) = problems(nothing | {"trainable": "no_such_module:train"})
     assert "No module named 'no_such_module'" in unknown
+
+
+def test_a_node_whose_tune_service_does_not_know_a_key_has_one_problem_and_no_error() -> None:
+    (told,) = problems({"model": {"name": "gpt2", "a_key_of_tomorrow": 1}, "data": None, "trainable": None})
+    assert "another one" in told and "ValidationError" in told and "a_key_of_tomorrow" in told
+    assert "\n" not in told
 
 
 def test_the_digest_is_of_the_source_and_of_nothing_else() -> None:

@@ -82,12 +82,12 @@ class Dashboard:
         return str(self._json("GET", "/api/version")["ray_version"])
 
     def refuses_strangers(self) -> bool:
-        """Whether it answers 401 to who shows no token."""
+        """Whether it says no to who shows no token."""
         stranger = Dashboard(self._url, None, self.address, self.host)
         try:
             stranger.ray_version()
         except DashboardError as error:
-            return error.status == 401
+            return error.status in (401, 403)
         return False
 
     def submit(self, job: str, entrypoint: str, metadata: dict[str, str], package: str | None = None) -> None:

@@ -12,7 +12,7 @@ from trainables.stores import GIB
 from tune_service.check import Check
 from tune_service.cluster_room import NodeKind
 from tune_service.estimate import sharing
-from tune_service.node_look import METRICS, OPEN, REFUSED, SILENT
+from tune_service.node_look import METRICS, OPEN, REFUSED, SILENT, UNKNOWN
 from tune_service.spec import StudySpec
 
 FAILED = 1
@@ -54,6 +54,8 @@ class Port:
     program: str
     is_heads: bool
     says: str = SILENT
+    asker: str = ""
+    """The node that was to ask it."""
 
     def __str__(self) -> str:
         return f"{self.address}:{self.number} ({self.program})"
@@ -70,6 +72,20 @@ def failed(name: str, found: str, advice: str) -> Check:
 def not_looked_at(name: str, why: str, advice: str = "") -> Check:
     """Nothing is wrong, as far as anybody knows."""
     return Check(name, True, f"not looked at: {why}", advice)
+
+
+# The head
+
+
+def token(gcs: str, says: str) -> Check:
+    """Whether the GCS refuses who shows no token. `says`: what it said to one."""
+    if says == REFUSED:
+        return Check("token", True, f"the GCS at {gcs} refuses who shows none")
+    if says == OPEN:
+        found = f"the GCS at {gcs} takes orders from who shows none: anybody who reaches it runs programs"
+        return failed("token", found, TOKEN_ADVICE)
+    found = f"the GCS at {gcs} gave no answer to who shows none ({says})"
+    return failed("token", found, "look at the head, or `check` again: nobody knows whether it is guarded")
 
 
 # Versions
@@ -146,16 +162,26 @@ def _nodes(count: int) -> str:
 def ports(found: Sequence[Port]) -> Check:
     """The rule: without the token nothing answers but Ray's metrics, and from another node Ray's servers are reached.
 
+    A port that nobody has asked may be open: that fails too.
+
     Whether the world reaches them is `reach`'s.
     """
     by_says = {says: [port for port in found if port.says == says] for says in {port.says for port in found}}
     told = f"{len(by_says.get(REFUSED, ()))} refuse who shows no token"
     if metrics := by_says.get(METRICS):
         told += f", {len(metrics)} tell Ray's metrics: {_listed(metrics)}"
-    if others := [port for port in found if port.says not in (REFUSED, METRICS, OPEN, SILENT)]:
+    if others := [port for port in found if port.says not in (REFUSED, METRICS, OPEN, SILENT, UNKNOWN)]:
         told += f", {len(others)} speak something else: {_listed(others)}"
+    if unknown := by_says.get(UNKNOWN):
+        by_asker = {asker: [port for port in unknown if port.asker == asker] for asker in {p.asker: 0 for p in unknown}}
+        parts = (f"node {asker} gave no answer about {_listed(each)}" for asker, each in by_asker.items())
+        told = f"not looked at: {'; '.join(parts)}; {told}"
     if opened := by_says.get(OPEN):
         return failed("ports", f"without the token answers {_listed(opened)}; {told}", TOKEN_ADVICE)
+    if unknown:
+        return failed(
+            "ports", told, "look at that node, or `check` again: nobody knows whether those ports are guarded"
+        )
     if blocked := [port for port in by_says.get(SILENT, ()) if port.program in SERVERS]:  # others have just ended
         found_blocked = f"from another node nobody reaches {_listed(blocked)}; {told}"
         return failed("ports", found_blocked, "between the nodes all ports open: README, What is guarded")

@@ -22,7 +22,7 @@ from tune_service import diagnosis, node_look
 from tune_service.autoscaler import cluster_file, troubles
 from tune_service.check import Check, looked_at, room_for_checkpoints, run_checks
 from tune_service.cluster_ray import ThisCluster, joined
-from tune_service.cluster_room import ClusterRoom, demand, kinds_of
+from tune_service.cluster_room import demand
 from tune_service.diagnosis import Port
 from tune_service.doctor_nodes import look_at_nodes, try_ports
 from tune_service.doctor_trial import TRIED, try_trial
@@ -102,11 +102,7 @@ class _Doctor:
     def _token(self) -> Check:
         """Whether the one port that leads to everything, the GCS, refuses who shows no token."""
         host, _, port = os.environ["RAY_ADDRESS"].rpartition(":")
-        says = node_look.probed([(host, int(port))])[0]
-        if says == node_look.REFUSED:
-            return Check("token", True, f"the GCS at {host}:{port} refuses who shows none")
-        found = f"the GCS at {host}:{port} takes orders from who shows none: anybody who reaches it runs programs"
-        return diagnosis.failed("token", found, diagnosis.TOKEN_ADVICE)
+        return diagnosis.token(f"{host}:{port}", node_look.probed([(host, int(port))])[0])
 
     def _storage_speed(self) -> str:
         """Writes, reads and deletes a file where studies lie; a disk that hangs is not waited for."""
@@ -155,9 +151,6 @@ class _Doctor:
         if not start_nodes and not room.fits_now(resources):
             yield None, "no worker node is up" if not any(kind.cpus for kind in room.alive) else "no node up holds it"
             return
-        if not start_nodes and not ClusterRoom(_free()).fits_now(resources):
-            yield None, "other studies have all the room"
-            return
         import ray
 
         bundle = {"CPU": resources.cpus_per_worker}
@@ -167,7 +160,8 @@ class _Doctor:
         try:
             patience_s = START_NODES_S if start_nodes else ROOM_S
             came = self._comes(group, patience_s)
-            yield (group, "") if came else (None, f"no room came in {patience_s:.0f} s")
+            others = "" if start_nodes else ": others have it"
+            yield (group, "") if came else (None, f"no room came in {patience_s:.0f} s{others}")
         finally:
             ray.util.remove_placement_group(group)
 
@@ -198,10 +192,3 @@ class _Doctor:
             "data": spec.data.model_dump(mode="json") if spec.is_finetune and spec.data else None,
             "trainable": None if spec.is_finetune else spec.trainable,
         }
-
-
-def _free() -> Any:
-    """What is free on each node now."""
-    from ray._private.state import available_resources_per_node
-
-    return kinds_of((each.get("CPU", 0), each.get("GPU", 0)) for each in available_resources_per_node().values())

@@ -9,6 +9,7 @@ from typing import Any
 from tune_service import node_look
 from tune_service.cluster_ray import is_head
 from tune_service.diagnosis import Node, Port
+from tune_service.node_look import UNKNOWN
 
 NODE_S = 180.0
 """How long a node may take to answer: a process starts there, and perhaps imports the user's module."""
@@ -37,16 +38,21 @@ def look_at_nodes(session: str, inputs: Mapping[str, Any]) -> list[Node]:
 
 
 def try_ports(nodes: Sequence[Node]) -> list[Port]:
-    """Every port that is not on loopback, as the node after it sees it."""
+    """Every port that is not on loopback, as the node after it sees it; UNKNOWN where that one gives no answer."""
     listed = [_callable_at(node) for node in nodes]
+    askers = [*nodes[1:], *nodes[:1]]
     calls = [
-        (nodes[(number + 1) % len(nodes)].id, ([(address, port) for address, port, _ in ports],))
-        for number, ports in enumerate(listed)
+        (asker.id, ([(address, port) for address, port, _ in ports],))
+        for asker, ports in zip(askers, listed, strict=True)
     ]
+    answers = _on_nodes(node_look.probed, calls, PORTS_S)
     found: dict[tuple[str, int], Port] = {}
-    for node, ports, says in zip(nodes, listed, _on_nodes(node_look.probed, calls, PORTS_S), strict=True):
-        for (address, port, program), said in zip(ports, says if isinstance(says, list) else (), strict=False):
-            found.setdefault((address, port), Port(address, port, program, node.is_head, said))
+    for node, asker, ports, answer in zip(nodes, askers, listed, answers, strict=True):
+        says = answer if isinstance(answer, list) else [UNKNOWN] * len(ports)
+        for (address, number, program), said in zip(ports, says, strict=True):
+            port = Port(address, number, program, node.is_head, said, asker.address)
+            if (before := found.get((address, number))) is None or before.says == UNKNOWN:
+                found[address, number] = port
     return list(found.values())
 
 

@@ -15,7 +15,7 @@ import platform
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ import psutil
 PACKAGES = ("ray", "torch", "colossalai", "transformers", "optuna")
 OWN_PACKAGES = ("search_spaces", "trainables", "tune_service")
 TIMEOUT_S = 3.0
-REFUSED, METRICS, OPEN, OTHER, SILENT = "refused", "metrics", "open", "other", "silent"
+PROBED_S = 30.0
+"""How long all ports of a node may take."""
+REFUSED, METRICS, OPEN, OTHER, SILENT, UNKNOWN = "refused", "metrics", "open", "other", "silent", "unknown"
 """What a port says to who shows no token: no; Ray's metrics; an answer; something of its own (the connections of a
-trial's ranks); nothing, for nobody could connect."""
+trial's ranks); nothing, for nobody could connect; nobody has asked."""
 _CALLS = (
     "InternalKVGcsService/InternalKVKeys",
     "NodeManagerService/GetNodeStats",
@@ -98,9 +100,12 @@ def listening(session: str, gcs_address: str) -> Iterator[tuple[str, int, str]]:
 
 
 def probed(ports: Sequence[tuple[str, int]]) -> list[str]:
-    """What each port says to who shows no token."""
-    with ThreadPoolExecutor(16) as threads:
-        return list(threads.map(lambda port: _says(*port), ports))
+    """What each port says to who shows no token; UNKNOWN of those that the time was too short for."""
+    threads = ThreadPoolExecutor(32)
+    asked = [threads.submit(_says, *port) for port in ports]
+    in_time, _ = wait(asked, PROBED_S)
+    threads.shutdown(wait=False, cancel_futures=True)
+    return [each.result() if each in in_time else UNKNOWN for each in asked]
 
 
 def problems(spec: Mapping[str, Any]) -> list[str]:
@@ -123,8 +128,9 @@ def problems(spec: Mapping[str, Any]) -> list[str]:
             except UserError as error:
                 found += error.problems
         return [str(each) for each in found]
-    except ImportError as error:
-        return [f"tune-service there is another one: {error}"]
+    except Exception as error:  # of another version anything: a key it does not know, a name it does not have
+        text = " ".join(str(error).split())
+        return [f"tune-service there is another one, or fails: {type(error).__name__}: {text}"]
 
 
 def _of_ray(session: str, gcs_address: str) -> list[psutil.Process]:
