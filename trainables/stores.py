@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from trainables.checkpoint import Manifest
 
 GIB = 1024**3
+CLAIM = ".json"
+"""What the names of drivers' claims end with; beside them lie the wishes of those who would drive."""
 RECORD_ROOM_BYTES = 1_000_000
 """Left free beside a checkpoint, so that the record still has room to say how it went."""
 
@@ -144,7 +146,7 @@ def lease_holds(lease: tuple[str, str]) -> bool:
 
 def claim_holds(claims: Bucket, own: str) -> bool:
     """Whether a driver's claim is there and none of a higher generation. Names begin with the generation."""
-    names = claims.objects()
+    names = [name for name in claims.objects() if name.endswith(CLAIM)]
     return own in names and all(generation_of(name) <= generation_of(own) for name in names)
 
 

@@ -1,9 +1,9 @@
 """Who drives a study in a bucket: the holder of the claim of the highest generation.
 
 A claim is an object `lease/GGGGGG-TOKEN.json`, which its holder writes anew every few seconds. Who wants the study
-puts a claim of the next generation, once the holder's says that it was released, or its process is gone from this very
-machine, or it has not changed for some time by the claimer's own clock; and takes it back when a list shows another of
-that generation. What a driver writes carries its generation, and only the highest is read: whoever wakes up late may
+waits till the holder's says that it was released, or its process is gone from this very machine, or it has not changed
+for some time by the waiter's own clock; puts a wish, `GGGGGG-TOKEN.wish` of the next generation; and claims when a list
+then shows nobody else who came meanwhile. A wish takes nothing from anybody. What a driver writes carries its generation, and only the highest is read: whoever wakes up late may
 write, but is not read.
 """
 
@@ -25,7 +25,7 @@ import psutil
 
 from trainables.bucket import Bucket
 from trainables.errors import BucketError, Problem
-from trainables.stores import claim_holds, generation_of
+from trainables.stores import CLAIM, claim_holds, generation_of
 from tune_service.errors import StudyRunningError
 from tune_service.lease import SILENT, SILENT_S, Lease
 
@@ -102,7 +102,7 @@ class BucketLease(Lease):
 def is_held(claims: Bucket) -> bool:
     """Whether some process drives the study and is not silent, by the store's time of its last beat."""
     found = claims.objects()
-    newest = max(found, default=None, key=generation_of)
+    newest = max((name for name in found if name.endswith(CLAIM)), default=None, key=generation_of)
     if newest is None or time.time() - found[newest].written_s > SILENT_S:
         return False
     holder = _read(claims, newest)
@@ -125,17 +125,20 @@ def taken(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -
 def _take(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -> BucketLease:
     for _ in range(TRIES):
         before = set(claims.objects())
-        newest = max(before, default=None, key=generation_of)
+        newest = max((name for name in before if name.endswith(CLAIM)), default=None, key=generation_of)
         if newest is not None:
             _wait_for_silence(study, claims, newest, tell)
-        generation = max(least, *map(generation_of, before), 0) + 1
-        name = f"{generation:06d}-{secrets.token_hex(8)}.json"
-        claims.put(name, _claim(0, released=False))
-        if not any(generation_of(other) >= generation for other in claims.objects() if other != name):
-            for other in before:
+        own = f"{max(least, *map(generation_of, before), 0) + 1:06d}-{secrets.token_hex(8)}"
+        wish = own + ".wish"
+        claims.put(wish, b"")
+        # Whoever wished or claimed since the first look counts: nobody has waited for its silence. Of two, the one that
+        # looks later sees the other, for a wish stays until its claim is there.
+        if claims.objects().keys() - {wish} <= before:
+            claims.put(own + CLAIM, _claim(0, released=False))
+            for other in (*before, wish):
                 claims.delete(other)
-            return BucketLease(study, claims, name)
-        claims.delete(name)  # at the same moment as another process: both step back, and try again
+            return BucketLease(study, claims, own + CLAIM)
+        claims.delete(wish)  # at the same moment as another process: both may step back, and try again
         time.sleep(random.uniform(0.2, 2.0))
     raise _refusal(study, "several processes want to run it at this moment")
 

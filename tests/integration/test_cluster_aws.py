@@ -21,7 +21,8 @@ CIDR = "10.77.0.0/24"
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     require_lab()
-    with Lab(tmp_path_factory.mktemp("lab") / "aws", num_hosts=2) as lab:
+    # The head, and a worker each for the doctor and for a demand: a host that was given back is not given again.
+    with Lab(tmp_path_factory.mktemp("lab") / "aws", num_hosts=3) as lab:
         found = Cloud(lab)
         try:
             yield found
