@@ -186,6 +186,18 @@ def test_a_request_of_another_process_is_seen_by_all_and_taken_in_once(
     assert Record.open(another(storage)).stop_request is None
 
 
+def test_an_object_that_is_no_request_is_left_out_and_deleted(
+    record_bucket: Bucket, driven: Driven, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, lease = driven
+    record = Record.open(study, lease=lease)
+    record_bucket.put("requests/1-x.jsonl", b"{")
+    record_bucket.put("requests/2-x.jsonl", b"[1]")
+    assert record.budget_trials == 4
+    assert not any("requests" in name for name in record_bucket.objects())
+    assert capsys.readouterr().err.count("left out s3://lab/studies/toy/record/requests/") == 2
+
+
 def test_a_request_without_a_driver_waits_for_the_next_one(storage: BucketStorage, driven: Driven) -> None:
     _, lease = driven
     lease.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ REQUESTS = "requests"
 LOOK_S = 1.0
 """A reader looks no more often; a driver looks for requests no more often than twice this."""
 MANY_SEGMENTS = 200
+MOST_SEGMENTS = 1000
 TRIES = 5
 
 
@@ -117,7 +119,8 @@ class Segments(BaseJournalBackend):
     def _write(self, data: bytes) -> None:
         assert self._lease is not None
         self._lease.check()
-        rolls = self._next >= MANY_SEGMENTS and self._tail_bytes * 10 > sum(map(len, self._history))
+        is_much = self._tail_bytes * 10 > sum(map(len, self._history))
+        rolls = self._next >= MOST_SEGMENTS or (self._next >= MANY_SEGMENTS and is_much)
         self._history.append(data)
         try:
             if rolls or not self._owns_folder:
@@ -148,7 +151,14 @@ class Segments(BaseJournalBackend):
         """Makes what others have written the driver's own. A kill in between takes it in twice, which is the same."""
         with suppress(BucketError):  # a write says that the store is away
             for name in sorted(self._record.at(REQUESTS).objects()):
-                request = _parsed(self._record.get(f"{REQUESTS}/{name}"))
+                try:
+                    request = _parsed(self._record.get(f"{REQUESTS}/{name}"))
+                    if not all(isinstance(log, dict) and isinstance(log.get("op_code"), int) for log in request):
+                        raise ValueError("no request")
+                except ValueError as error:
+                    print(f"left out {self._record.where}/{REQUESTS}/{name}: {error}", file=sys.stderr)
+                    self._record.delete(f"{REQUESTS}/{name}")
+                    continue
                 self._write(_text(request))
                 self._unread += request
                 self._record.delete(f"{REQUESTS}/{name}")
