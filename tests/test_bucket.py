@@ -68,6 +68,14 @@ def test_an_object_is_read_as_it_was_written_and_from_any_byte_on(bucket: Bucket
         bucket.get("c/e")
 
 
+def test_a_file_is_stored_as_it_is_whatever_its_name_says(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "vocab.gz").write_bytes(b"not compressed")
+    bucket.put_file("vocab.gz", tmp_path / "vocab.gz")
+    assert bucket.objects()["vocab.gz"].num_bytes == 14
+    bucket.get_file("vocab.gz", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == b"not compressed"
+
+
 def test_a_list_tells_names_from_here_on_and_sizes(bucket: Bucket) -> None:
     assert (bucket.objects(), bucket.folders()) == ({}, [])
     bucket.put("c/d", b"hello")

@@ -133,18 +133,26 @@ class Bucket:
             return bytes(file.read())
 
     def put(self, name: str, data: bytes) -> None:
-        with self._in_words(), self._filesystem.open_output_stream(self._path(name)) as file:
+        with self._in_words(), self._filesystem.open_output_stream(self._path(name), compression=None) as file:
             file.write(data)
 
     def get_file(self, name: str, to: Path) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
-        with self._in_words(), self._filesystem.open_input_stream(self._path(name)) as source, to.open("wb") as target:
+        with (
+            self._in_words(),
+            self._filesystem.open_input_stream(self._path(name), compression=None) as source,
+            to.open("wb") as target,
+        ):
             while piece := source.read(PIECE_BYTES):
                 target.write(piece)
 
     def put_file(self, name: str, path: Path) -> None:
         """A file that changes meanwhile, or a kill, may leave a part: what is to be whole has a manifest after it."""
-        with self._in_words(), path.open("rb") as source, self._filesystem.open_output_stream(self._path(name)) as to:
+        with (
+            self._in_words(),
+            path.open("rb") as source,
+            self._filesystem.open_output_stream(self._path(name), compression=None) as to,
+        ):
             while piece := source.read(PIECE_BYTES):
                 to.write(piece)
 
