@@ -31,8 +31,9 @@ demo: install
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
+# They wait more than they work: two files at a time.
 slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
