@@ -59,6 +59,18 @@ def test_a_new_question_goes_on_from_what_is_known(tmp_path: Path) -> None:
     assert far.take(again).status() == study.record.status()
 
 
+def test_a_study_that_was_deleted_and_made_anew_is_shown_without_the_old_ones_trials(tmp_path: Path) -> None:
+    old, new, far = HandDriven(tmp_path / "old"), HandDriven(tmp_path / "new"), FarStudy()
+    for _ in range(5):
+        old.run(0.5)
+    assert len(far.take(carried(ViewNews().of(old.record))).trials()) == 5
+    new.run(0.7)
+    new.begin()
+    view = far.take(carried(ViewNews(far.known()).of(new.record)))
+    assert view.status() == new.record.status()
+    assert len(view.trials()) == 2
+
+
 @pytest.mark.slow
 def test_following_a_study_of_a_thousand_trials_sends_them_once(tmp_path: Path) -> None:
     study, far = HandDriven(tmp_path, budget={"trials": 1010}, sampler={"name": "random"}), FarStudy()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 from tune_service import diagnosis, node_look
@@ -21,7 +22,7 @@ REACH_S = 3.0
 
 def check_cluster(
     path: Path, overrides: Sequence[str], name: str | None, studies: RemoteStudies, start_nodes: bool
-) -> Iterator[Check]:
+) -> Generator[Check, None, None]:
     """Each check as soon as it is done. SpecError when the spec alone is wrong."""
     spec = load_spec(path, overrides, name, here=False)
     yield Check("spec", True, str(path))
@@ -30,13 +31,15 @@ def check_cluster(
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "study.zip"
         pack(spec, package)
-        for document in studies.checkup(spec.name, package, start_nodes, node_look.versions()):
-            if "check" in document:
-                yield Check(**document["check"], code=document["code"])
-            elif "tell" in document:
-                print(document["tell"], file=sys.stderr, flush=True)
-            elif "ports" in document:
-                listening = [Port(*each) for each in document["ports"]]
+        # Its end stops the doctor's job, where nobody waits for the rest.
+        with closing(studies.checkup(spec.name, package, start_nodes, node_look.versions())) as documents:
+            for document in documents:
+                if "check" in document:
+                    yield Check(**document["check"], code=document["code"])
+                elif "tell" in document:
+                    print(document["tell"], file=sys.stderr, flush=True)
+                elif "ports" in document:
+                    listening = [Port(*each) for each in document["ports"]]
     yield diagnosis.reach(studies.host, _reached(studies.host, listening))
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -275,7 +275,7 @@ def check(
             from tune_service.checkup import check_cluster
 
             studies = connection.enter_context(_remote(storage, address))
-            found = check_cluster(spec, overrides, name, studies, start_nodes)
+            found = connection.enter_context(closing(check_cluster(spec, overrides, name, studies, start_nodes)))
         checks = []
         for each in found:
             checks.append(each)

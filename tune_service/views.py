@@ -36,6 +36,7 @@ class ViewNews:
             "budget_trials": view.budget_trials,
             "baseline": view.baseline,
             "notice": view.notice,
+            "num_trials": len(self._trials),
         }
         if before is not None and not changed and rest == self._rest:
             return None
@@ -60,6 +61,7 @@ class FarStudy:
         return [_digest(self._trials[start : start + BLOCK]) for start in starts]
 
     def take(self, document: Mapping[str, Any]) -> FarView:
+        del self._trials[document["num_trials"] :]  # a study of this name that was deleted may have had more
         for raw in document["trials"]:
             trial = TrialStatus.model_validate_json(json.dumps(raw))
             number = trial.number
