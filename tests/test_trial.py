@@ -138,6 +138,16 @@ def test_ranks_train_on_while_a_checkpoint_is_synced_that_takes_long(
     assert " ".join(seen).replace("next_report", "report") == events
 
 
+def test_the_next_trial_of_one_epoch_has_time_for_its_checkpoint_too(task: Task) -> None:
+    """Its checkpoint comes with its only report; that of the trial before told that there will be one."""
+    found = supervisor(replace(task, max_epochs=1))
+    found.step(), found.step()
+    found._deadline.saw(1.0)
+    found._deadline.saved(100.0)
+    found.reset_config({"task": asdict(replace(task, number=1, max_epochs=1))})
+    assert found.step()["next_within_s"] == 60.0 + 500.0
+
+
 def test_a_trial_that_goes_on_hands_in_its_last_checkpoints_report_first(task: Task) -> None:
     steps(task, 3)
     again, last = steps(task, 2)

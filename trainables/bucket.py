@@ -223,17 +223,16 @@ def parsed(url: str) -> tuple[str, str, dict[str, str]]:
 
 
 def _check(scheme: str, bucket: str, options: Mapping[str, str]) -> None:
-    place, example = _PLACE, _EXAMPLE
     if scheme not in OPTIONS:
-        raise UserError(Problem(place, "a storage is a folder or an object store", f"{scheme}://", example))
+        raise UserError(Problem(_PLACE, "a storage is a folder or an object store", f"{scheme}://", _EXAMPLE))
     if not re.fullmatch(r"[a-z0-9A-Z][\w.-]+", bucket):
-        raise UserError(Problem(place, "a URL names its bucket", repr(bucket), example))
+        raise UserError(Problem(_PLACE, "a URL names its bucket", repr(bucket), _EXAMPLE))
     if options.get("scheme", "https") not in ("http", "https"):
-        raise UserError(Problem(place, "scheme is one of two", options["scheme"], "?scheme=http or ?scheme=https"))
+        raise UserError(Problem(_PLACE, "scheme is one of two", options["scheme"], "?scheme=http or ?scheme=https"))
     unknown = sorted(options.keys() - set(OPTIONS[scheme]))
     if unknown:  # their values are not shown: one may be a secret
         rule = f"after the ? of {scheme}:// come {', '.join(OPTIONS[scheme])}"
-        raise UserError(Problem(place, rule, ", ".join(unknown), "the rest in the environment"))
+        raise UserError(Problem(_PLACE, rule, ", ".join(unknown), "the rest in the environment"))
 
 
 @lru_cache(maxsize=8)

@@ -66,6 +66,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._shape = GroupShape(**config["group"])
         self._deadline = StepDeadline(self._shape.step_timeout_s)
         self._logs = TrialLogs(config["task"]["logs"], config["task"]["number"])
+        self._saves = False
+        """Whether the study's trainable has been seen to save: the deadline of what comes next depends on it."""
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -76,7 +78,6 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._logs = TrialLogs(self._task.logs, self._task.number)
         self._begun = False
         self._unsaved: RankReport | None = None
-        self._saves = False
         self._commit_s = 0.0
         fault_point(f"resetting-{self._task.number}")
         return True
@@ -129,10 +130,10 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         next_report = self._group.next_report()
         if next_report is None:
             return {"finished": True}
+        self._saves = next_report.saves or self._saves
         if next_report.saves and next_report.epoch >= self._task.max_epochs:  # nobody stops it any more
             return self._result(next_report.epoch, next_report.metrics, self._save(self._group, next_report))
         self._unsaved = next_report if next_report.saves else None
-        self._saves = next_report.saves or self._saves
         return self._result(next_report.epoch, next_report.metrics, None)
 
     def _save(self, group: WorkerGroup, report: RankReport) -> Manifest:

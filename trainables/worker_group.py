@@ -195,7 +195,7 @@ class RayWorkerGroup(WorkerGroup):
         epochs = [report and report.epoch for report in reports]
         if len(set(epochs)) > 1:
             raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
-        self._deadline.saw(max(report.took_s for report in reports if report) if any(reports) else 0.0)
+        self._deadline.saw(max((report.took_s for report in reports if report), default=0.0))
         if self._task is not None:
             self._far.fetch_logs(self._task, self._deadline.seconds)
         first: RankReport | None = reports[0]
