@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_driver import toy_spec
 
-from tune_service.estimate import estimate, expected_epochs, too_long
+from tune_service.estimate import estimate, expected_epochs, most_trials, too_long
 from tune_service.kept import BYTES_PER_PARAMETER
 from tune_service.spec import StudySpec
 
@@ -31,6 +31,14 @@ def test_asha_runs_about_a_third_of_the_trials_beyond_each_rung() -> None:
 
 def test_without_a_scheduler_every_trial_runs_all_its_epochs() -> None:
     assert expected_epochs(spec(16, scheduler="none")) == 16 * 9
+
+
+def test_a_grid_has_no_more_trials_than_points() -> None:
+    space = {"x": {"choice": [1, 2, 3]}, "y": {"int_uniform": [1, 2]}}
+    grid = toy_spec(Path.cwd(), search_space=space, sampler={"name": "grid"}, budget={"trials": 64})
+    assert expected_epochs(grid) == 6 * 9
+    assert estimate(grid, STEP, at_once=64, storage_bytes_s=12e6).epochs == (54, 54)
+    assert most_trials(toy_spec(Path.cwd(), search_space=space, sampler={"name": "grid"}, budget={"trials": 4})) == 4
 
 
 def test_time_is_epochs_over_trials_at_once_and_never_less_than_one_trial_takes() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from trainables.stores import GIB
 from tune_service.check import Check
 from tune_service.cluster_room import NodeKind
-from tune_service.estimate import sharing
+from tune_service.estimate import most_trials, sharing
 from tune_service.node_look import METRICS, OPEN, REFUSED, SILENT, UNKNOWN
 from tune_service.spec import StudySpec
 
@@ -219,7 +219,8 @@ def _listed(some: Sequence[Port], most: int = 8) -> str:
 def memory(spec: StudySpec, step: Mapping[str, float], nodes: Sequence[Node]) -> Check:
     """Whether as many ranks as share a GPU, or a node, have memory for the largest step."""
     peak, resources = step["peak_bytes"], spec.resources
-    most = (spec.budget.concurrent_trials or spec.budget.trials) * resources.workers
+    trials = most_trials(spec)
+    most = min(spec.budget.concurrent_trials or trials, trials) * resources.workers
     if step["gpu_bytes"]:
         peak += CUDA_BYTES
         rooms = [(sharing(resources), step["gpu_bytes"], "the GPU")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Estimate:
 
 def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_bytes_s: float) -> Estimate:
     """`at_once`: trials that run side by side; `storage_bytes_s`: what the storage takes, all trials together."""
-    trials, resources = spec.budget.trials, spec.resources
+    trials, resources = most_trials(spec), spec.resources
     save_s = BYTES_PER_PARAMETER * step["parameters"] / storage_bytes_s
     alone_s = step["train_rows"] * step["train_row_s"] + step["eval_rows"] * step["eval_row_s"] + save_s
     epoch_s = alone_s, alone_s * min(sharing(resources), max(1, at_once))
@@ -55,12 +56,19 @@ def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_b
     return Estimate(epochs, epoch_s, (wall[0], wall[1]), (hours[0], hours[1]))
 
 
+def most_trials(spec: StudySpec) -> int:
+    """As many as the budget allows; a grid may have fewer points."""
+    if spec.sampler.name != "grid":
+        return spec.budget.trials
+    return min(spec.budget.trials, math.prod(len(domain.grid() or ()) for domain in spec.domains.values()))
+
+
 def expected_epochs(spec: StudySpec) -> float:
     """Of all trials, by ASHA itself on trials that come in an order which says nothing of how good they are.
 
     A sampler that finds ever better ones has more of them go on.
     """
-    trials, max_epochs, asha = spec.budget.trials, spec.max_epochs, spec.scheduler
+    trials, max_epochs, asha = most_trials(spec), spec.max_epochs, spec.scheduler
     if asha.name != "asha":
         return float(trials * max_epochs)
     played = min(trials, PLAYED_TRIALS)
