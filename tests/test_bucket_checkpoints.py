@@ -60,6 +60,16 @@ def test_a_checkpoint_is_its_files_and_a_manifest_that_names_them(store: BucketC
     assert open_store(URL).kept() == {3: [2]}
 
 
+def test_a_trial_goes_on_from_no_checkpoint_that_holds_the_model_alone(store: BucketCheckpoints) -> None:
+    write(store, 0, 1)
+    (store.stage(0, 2) / "model").write_text("hello")
+    store.commit(0, 2, {}, resumable=False)
+    assert store.epochs(0) == [1, 2] and store.is_whole(0, 2, deep=True)
+    assert [store.resumable(0, epoch) for epoch in (1, 2, 3)] == [True, False, False]
+    latest = store.latest(0)
+    assert latest is not None and latest.epoch == 1 and (store.local(0, 1) / "state").read_text() == "7"
+
+
 def test_what_has_no_manifest_is_no_checkpoint_and_is_swept(
     store: BucketCheckpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_the_manifest_names_every_file_with_its_size_and_sha256(store: Checkpoin
         "trial": 3,
         "epoch": 2,
         "metrics": {"eval_accuracy": 0.5},
+        "resumable": True,
         "files": {
             "model/weights.safetensors": {"bytes": 5, "sha256": HELLO_SHA256},
             "progress.json": {
@@ -85,6 +86,16 @@ def test_the_latest_checkpoint_is_the_one_of_the_last_epoch(store: CheckpointSto
     assert store.epochs(0) == [2, 9, 10]
     assert store.kept() == {0: [2, 9, 10], 1: [11]}
     assert store.latest(7) is None and store.epochs(7) == []
+
+
+def test_a_trial_goes_on_from_no_checkpoint_that_holds_the_model_alone(store: CheckpointStore) -> None:
+    write(store, trial=0, epoch=1)
+    (store.stage(0, 2) / "model").write_text("hello")
+    store.commit(0, 2, {}, resumable=False)
+    assert store.epochs(0) == [1, 2] and store.is_whole(0, 2, deep=True)
+    assert [store.resumable(0, epoch) for epoch in (1, 2, 3)] == [True, False, False]
+    latest = store.latest(0)
+    assert latest is not None and latest.epoch == 1
 
 
 def test_the_latest_checkpoint_is_one_whose_bytes_are_all_there(store: CheckpointStore) -> None:

@@ -88,7 +88,15 @@ class HandDriven:
         self.driver.started(asked.number)
         return asked.number
 
-    def report(self, number: int, epoch: int, score: float, num_bytes: int | None = None, **others: float) -> bool:
+    def report(
+        self,
+        number: int,
+        epoch: int,
+        score: float,
+        num_bytes: int | None = None,
+        resumable: bool = True,
+        **others: float,
+    ) -> bool:
         """One report; with a checkpoint of `num_bytes` bytes when that is given. Whether the trial goes on."""
         metrics, is_last = {"score": score} | others, epoch >= self.spec.max_epochs
         if num_bytes is not None and is_last:
@@ -106,17 +114,19 @@ class HandDriven:
         )
         if num_bytes is None or not goes_on:
             return goes_on
-        self.commit(number, epoch, num_bytes, metrics)
-        return self.saved(number, epoch, num_bytes)
+        self.commit(number, epoch, num_bytes, metrics, resumable)
+        return self.saved(number, epoch, num_bytes, resumable)
 
-    def commit(self, number: int, epoch: int, num_bytes: int, metrics: Mapping[str, float]) -> None:
+    def commit(
+        self, number: int, epoch: int, num_bytes: int, metrics: Mapping[str, float], resumable: bool = True
+    ) -> None:
         (self.folder.checkpoints.stage(number, epoch) / "weights").write_bytes(b"w" * num_bytes)
-        self.folder.checkpoints.commit(number, epoch, metrics)
+        self.folder.checkpoints.commit(number, epoch, metrics, resumable)
 
-    def saved(self, number: int, epoch: int, num_bytes: int) -> bool:
+    def saved(self, number: int, epoch: int, num_bytes: int, resumable: bool = True) -> bool:
         """The checkpoint of the last report is whole. Whether the trial goes on."""
         result = {"number": number, "next_within_s": 60.0, "finished": False}
-        return self.driver.result(result | {"saved": epoch, "checkpoint_bytes": num_bytes})
+        return self.driver.result(result | {"saved": epoch, "checkpoint_bytes": num_bytes, "resumable": resumable})
 
     def finish(self, number: int) -> bool:
         """The trainable came to its end before its last epoch."""
@@ -336,7 +346,9 @@ def test_a_trial_without_checkpoints_begins_again_at_epoch_1_and_says_so(tmp_pat
     number = study.begin()
     study.report(number, 1, 0.5)
     assert study.fail(number, "rank 0 raised ValueError: no\nits log")
-    assert study.told[-1] == ("trial 0: rank 0 raised ValueError: no; starting again at epoch 1: it has no checkpoint")
+    assert study.told[-1] == (
+        "trial 0: rank 0 raised ValueError: no; starting again at epoch 1: it has no checkpoint to go on from"
+    )
 
 
 def test_every_start_after_the_first_counts_as_a_restart(tmp_path: Path) -> None:
@@ -883,6 +895,23 @@ def test_of_a_trial_that_saves_some_epochs_the_best_saved_one_is_kept_and_export
     best = study.record.best()
     assert best is not None and (best.number, best.epoch, best.value) == (number, 2, 0.5)
     assert study.record.folder.checkpoints.epochs(number) == [2]
+
+
+def test_a_running_trial_keeps_what_it_goes_on_from_and_the_model_of_its_best_epoch(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, scheduler={"name": "none"}, budget={"trials": 1})
+    number = study.begin()
+    study.report(number, 1, 0.5, num_bytes=30)
+    study.report(number, 2, 0.9, num_bytes=10, resumable=False)
+    study.report(number, 3, 0.6, num_bytes=10, resumable=False)
+    assert study.record.folder.checkpoints.epochs(number) == [1, 2]
+    study.fail(number, "rank 0 died")
+    assert study.told[-1] == "trial 0: rank 0 died; starting again after epoch 1"
+    study.resume()
+    study.begin()
+    study.report(number, 2, 0.9, num_bytes=10, resumable=False)
+    assert study.record.folder.checkpoints.epochs(number) == [1, 2], "another driver keeps the same"
+    study.report(number, 3, 0.7, num_bytes=30)
+    assert study.record.folder.checkpoints.epochs(number) == [2, 3]
 
 
 def test_a_trial_that_starts_again_is_not_judged_twice_at_a_rung_that_it_has_passed(tmp_path: Path) -> None:

@@ -400,6 +400,18 @@ def test_the_checkpoint_of_an_epoch_goes_through_the_store(settings: Callable[..
     assert curve(settings(), resume_from=store.folder(0, 1)) == curve(settings())[1:]
 
 
+def test_the_model_alone_is_what_best_hands_out(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    whole.mkdir(), alone.mkdir()
+    report = next(reports := reports_of(settings()))
+    assert report.save is not None and report.save_model is not None
+    report.save(whole), report.save_model(alone)
+    reports.close()
+    files = {path.relative_to(alone): path.read_bytes() for path in alone.rglob("*") if path.is_file()}
+    assert Path("model/model.safetensors") in files and {path.parts[0] for path in files} == {"model"}
+    assert all((whole / path).read_bytes() == content for path, content in files.items())
+
+
 # ---- every task
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from trainables import Context, Report
 from trainables.checkpoint import CheckpointStore
-from trainables.trial import GO_ON_FROM_S, TrialSupervisor, halved
+from trainables.trial import CHEAP_S, TrialSupervisor, halved
 from trainables.worker import Task
 from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
 
@@ -33,6 +33,25 @@ def learns(context: Context) -> Iterator[Report]:
         if (micro_batch_size or 32) > context.params.get("fits", 32):
             _ask_for_too_much()
         yield Report(epoch, {"score": float(micro_batch_size or 0)}, partial(_save, epoch, context.params.get("errno")))
+
+
+def climbs(context: Context) -> Iterator[Report]:
+    """Reports the given scores. A model is 10 bytes, a whole checkpoint 20 and some."""
+    begin = 0
+    if context.resume_from is not None:
+        begin = int((context.resume_from / "epoch").read_text())
+
+    def save_model(folder: Path) -> None:
+        (folder / "model").write_bytes(bytes(10))
+
+    def save(folder: Path, epoch: int) -> None:
+        save_model(folder)
+        (folder / "optimizer").write_bytes(bytes(10))
+        (folder / "epoch").write_text(str(epoch))
+
+    for epoch, score in enumerate(context.params["scores"][begin:], start=begin + 1):
+        parts = save_model if context.params["in_parts"] else None
+        yield Report(epoch, {"score": score}, partial(save, epoch=epoch), parts)
 
 
 def _ask_for_too_much() -> None:
@@ -103,7 +122,7 @@ def test_a_trial_is_ready_then_reports_then_saves_when_it_is_to_go_on(task: Task
     assert ready == {"finished": False}
     report = {"metrics": [("score", 0.0)], "saves": True, "checkpoint_bytes": None, "finished": False}
     assert first == {"epoch": 1} | report
-    assert saved == {"saved": 1, "checkpoint_bytes": 112, "finished": False}
+    assert saved == {"saved": 1, "checkpoint_bytes": 112, "resumable": True, "finished": False}
     assert last == {"epoch": 2} | report | {"saves": False, "checkpoint_bytes": 112, "finished": True}
 
 
@@ -117,7 +136,7 @@ def test_a_trial_that_is_stopped_at_a_report_writes_no_checkpoint_of_it(task: Ta
 
 @pytest.mark.parametrize(
     ("commit_s", "events"),
-    [(0.0, "report save report save report save"), (GO_ON_FROM_S, "report save report save go_on report save")],
+    [(0.0, "report save report save report save"), (CHEAP_S, "report save report save go_on report save")],
 )
 def test_ranks_train_on_while_a_checkpoint_is_synced_that_takes_long(
     task: Task, monkeypatch: pytest.MonkeyPatch, commit_s: float, events: str
@@ -136,6 +155,77 @@ def test_ranks_train_on_while_a_checkpoint_is_synced_that_takes_long(
     while not found.step()["finished"]:
         pass
     assert " ".join(seen).replace("next_report", "report") == events
+
+
+SCORES = [0.5, 0.6, 0.55, 0.58, 0.7, 0.65]
+
+
+def climbing(task: Task, whole_s: float, scores: list[float] = SCORES, in_parts: bool = True) -> Supervisor:
+    """A trial whose supervisor has seen a whole checkpoint take `whole_s`."""
+    params = {"scores": scores, "in_parts": in_parts}
+    trial = replace(task, trainable="test_trial:climbs", params=params, max_epochs=len(scores))
+    found = supervisor(replace(trial, objective=("score", "max")))
+    found._whole_s = whole_s
+    return found
+
+
+def saves(found: Supervisor, epochs: int | None = None) -> dict[int, tuple[int, bool]]:
+    """Epoch -> (bytes, whether the trial can go on from it), up to that epoch's checkpoint or the trial's end."""
+    seen: dict[int, tuple[int, bool]] = {}
+    while True:
+        result = found.step()
+        if "saved" in result:
+            seen[result["saved"]] = result["checkpoint_bytes"], result["resumable"]
+        elif result.get("checkpoint_bytes") is not None:
+            seen[result["epoch"]] = result["checkpoint_bytes"], True
+        if result["finished"] or (epochs in seen):
+            return seen
+
+
+def test_cheap_checkpoints_are_written_whole_after_every_epoch(task: Task) -> None:
+    """But for the last, from which nobody goes on."""
+    assert saves(climbing(task, whole_s=0.1)) == dict.fromkeys(range(1, 6), (21, True)) | {6: (10, True)}
+
+
+def test_where_a_checkpoint_takes_long_only_the_models_of_best_epochs_are_saved(task: Task) -> None:
+    assert saves(climbing(task, whole_s=100.0)) == {1: (10, False), 2: (10, False), 5: (10, False)}
+
+
+def test_the_model_of_a_last_epoch_that_is_the_best_is_saved(task: Task) -> None:
+    assert saves(climbing(task, 100.0, [0.5, 0.4, 0.6])) == {1: (10, False), 3: (10, True)}
+    least = climbing(replace(task, number=1), 100.0, [0.5, 0.4, 0.6])
+    least._task = replace(least._task, objective=("score", "min"))
+    assert saves(least) == {1: (10, False), 2: (10, False)}
+
+
+def test_a_whole_checkpoint_is_due_when_ten_times_what_one_takes_have_passed(task: Task) -> None:
+    found = climbing(task, whole_s=100.0)
+    assert saves(found, epochs=2) == {1: (10, False), 2: (10, False)}
+    found._whole_at -= 999.0
+    assert "saved" not in found.step() | found.step()
+    found._whole_at -= 1.0
+    assert saves(found, epochs=5) == {5: (21, True)}
+    assert found._whole_s is not None and found._whole_s < 10.0, "what one takes is measured anew"
+
+
+def test_a_trainable_that_knows_no_model_alone_saves_best_epochs_whole(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = climbing(task, CHEAP_S, [0.5, 0.4, 0.6], in_parts=False)
+    commit = found._store.commit
+    monkeypatch.setattr(found._store, "commit", lambda *given: (time.sleep(CHEAP_S), commit(*given))[1])
+    assert saves(found) == {1: (21, True), 3: (21, True)}
+
+
+def test_a_trial_goes_on_after_its_last_whole_checkpoint_and_replaces_the_models_that_came_after(task: Task) -> None:
+    found = climbing(task, whole_s=0.1)
+    saves(found, epochs=1)
+    found._whole_s = 100.0
+    assert saves(found, epochs=5) == {2: (10, False), 5: (10, False)}
+    again = climbing(task, 100.0, [0.5, 0.4, 0.45, 0.42, 0.41, 0.3])
+    resumed = again.step()
+    assert (resumed["epoch"], resumed["checkpoint_bytes"]) == (1, 21)
+    assert saves(again) == {2: (10, False), 3: (10, False), 5: (10, False)}, "2 and 5 have new values, 3 is the best"
 
 
 def test_the_next_trial_of_one_epoch_has_time_for_its_checkpoint_too(task: Task) -> None:

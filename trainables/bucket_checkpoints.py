@@ -161,11 +161,12 @@ class BucketCheckpoints(Checkpoints):
         self._upload = _Commit(trial, epoch, 0, self._generation, secrets.token_hex(8))
         return own_files.emptied("staged")
 
-    def commit(self, trial: int, epoch: int, metrics: Mapping[str, float]) -> Manifest:
+    def commit(self, trial: int, epoch: int, metrics: Mapping[str, float], resumable: bool = True) -> Manifest:
         upload, staging = self._upload, own_files.folder("staged")
         assert upload is not None and (upload.trial, upload.epoch) == (trial, epoch), "stage comes first"
         with ThreadPoolExecutor() as pool:
-            manifest = Manifest(trial, epoch, finite_or_none(metrics), sizes_and_hashes(staging, pool))
+            files = sizes_and_hashes(staging, pool)
+        manifest = Manifest(trial, epoch, finite_or_none(metrics), files, resumable)
         self._check_budget(manifest.num_bytes)
         put_tree(self._bucket.at(upload.folder), staging, list(manifest.files))
         fault_point(f"committing-{trial}-{epoch}")
@@ -229,10 +230,18 @@ class BucketCheckpoints(Checkpoints):
     def latest(self, trial: int) -> Manifest | None:
         for epoch in reversed(self.epochs(trial)):
             with suppress(CheckpointError):
-                self.local(trial, epoch)
                 commit = self._commit_of(trial, epoch)
-                return self._manifest(commit) if commit is not None else None
+                if commit is not None and (manifest := self._manifest(commit)).resumable:
+                    self.local(trial, epoch)
+                    return manifest
         return None
+
+    def resumable(self, trial: int, epoch: int) -> bool:
+        commit = self._commit_of(trial, epoch)
+        try:
+            return commit is not None and self._manifest(commit).resumable
+        except CheckpointError:
+            return False
 
     def local(self, trial: int, epoch: int) -> Path:
         if self._local != (trial, epoch):

@@ -35,6 +35,8 @@ class Manifest:
     """The report of this epoch; None where the number was not finite."""
     files: dict[str, tuple[int, str]]
     """Path inside the folder -> (bytes, sha256)."""
+    resumable: bool = True
+    """Whether the trial can go on from here; else it holds the model alone."""
 
     @property
     def num_bytes(self) -> int:
@@ -47,6 +49,7 @@ class Manifest:
             "trial": self.trial,
             "epoch": self.epoch,
             "metrics": self.metrics,
+            "resumable": self.resumable,
             "files": files,
         }
 
@@ -73,7 +76,7 @@ class Manifest:
             if outside:
                 raise CheckpointError(f"{where}: {MANIFEST} names a file that is not one of the folder: {outside[0]!r}")
             metrics = {str(name): None if value is None else float(value) for name, value in raw["metrics"].items()}
-            return Manifest(int(raw["trial"]), int(raw["epoch"]), metrics, files)
+            return Manifest(int(raw["trial"]), int(raw["epoch"]), metrics, files, raw.get("resumable", True) is True)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{where}: no readable {MANIFEST}: {error}") from error
 
@@ -123,13 +126,14 @@ class CheckpointStore(Checkpoints):
         staging.mkdir(parents=True)
         return staging
 
-    def commit(self, trial: int, epoch: int, metrics: Mapping[str, float]) -> Manifest:
+    def commit(self, trial: int, epoch: int, metrics: Mapping[str, float], resumable: bool = True) -> Manifest:
         staging, final = self._staging(trial, epoch), self.folder(trial, epoch)
         with ThreadPoolExecutor() as pool:
             # To hash and to reach the disk take about as long as each other: at the same time.
             synced = pool.map(fsync, _files(staging))
-            manifest = Manifest(trial, epoch, finite_or_none(metrics), sizes_and_hashes(staging, pool))
+            files = sizes_and_hashes(staging, pool)
             list(synced)  # raises what went wrong
+        manifest = Manifest(trial, epoch, finite_or_none(metrics), files, resumable)
         write_json(staging / MANIFEST, manifest.to_json())
         self._check_budget(0)
         fsync_tree(staging)
@@ -143,11 +147,19 @@ class CheckpointStore(Checkpoints):
         return manifest
 
     def latest(self, trial: int) -> Manifest | None:
-        for epoch in sorted(self.epochs(trial), reverse=True):
+        for epoch in reversed(self.epochs(trial)):
+            if not self.resumable(trial, epoch):
+                continue
             folder = self.folder(trial, epoch)
             if verify(folder) and (manifest := Manifest.read(folder)).epoch == epoch and manifest.trial == trial:
                 return manifest
         return None
+
+    def resumable(self, trial: int, epoch: int) -> bool:
+        try:
+            return Manifest.read(self.folder(trial, epoch)).resumable
+        except CheckpointError:
+            return False
 
     def epochs(self, trial: int) -> list[int]:
         return _numbers(self.folder(trial, 0).parent, "epoch-")

@@ -40,10 +40,10 @@ class FarRanks:
 
             send(write, Path(str(task.resume_from)))
 
-    def save(self, folder: Path, deadline_s: float) -> None:
+    def save(self, folder: Path, model_alone: bool, deadline_s: float) -> None:
         """Every rank saves, into `folder` or where it is; from there it is fetched."""
         with marked(folder) as mark:
-            listings = self._ask(lambda rank: rank.save_where.remote(str(folder), mark), deadline_s)
+            listings = self._ask(lambda rank: rank.save_where.remote(str(folder), model_alone, mark), deadline_s)
         for far, listing in enumerate(listings):
             if not listing:
                 continue

@@ -45,7 +45,7 @@ def finetune(context: Context) -> Iterator[Report]:
             started = time.perf_counter()
             metrics = run.train_epoch(epoch) | run.evaluate()
             metrics["epoch_s"] = time.perf_counter() - started
-            yield Report(epoch, metrics, save=run.save)
+            yield Report(epoch, metrics, run.save, run.save_model)
     finally:
         run.close()
 
@@ -177,20 +177,19 @@ class Run:
     # Checkpoints
 
     def save(self, folder: Path) -> None:
-        """Writes this moment into `folder`: rank 0 model and optimizer, each rank its random state.
-
-        After the last epoch the model alone, a third of the bytes: nobody goes on from there.
-        """
-        if self.rank == 0:
-            model: Any = self.learner.network
-            model.save_pretrained(folder / "model", max_shard_size="1000GB")
-            self.tokenizer.save_pretrained(folder / "model")
-        if self.epoch >= self.config.training.max_epochs:
-            return
+        """Writes this moment into `folder`: rank 0 model and optimizer, each rank its random state."""
+        self.save_model(folder)
         save_file({"cpu": torch.get_rng_state(), **self._cuda_rng()}, folder / f"rng-{self.rank}.safetensors")
         if self.rank == 0:
             save_file(self.learner.optimizer.tensors(), folder / "optimizer.safetensors")
             write_json(folder / "progress.json", {"epoch": self.epoch, "step": self.step})
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the model and its tokenizer, a third of the bytes: rank 0."""
+        if self.rank == 0:
+            model: Any = self.learner.network
+            model.save_pretrained(folder / "model", max_shard_size="1000GB")
+            self.tokenizer.save_pretrained(folder / "model")
 
     def load(self, folder: Path) -> None:
         """Goes back to the moment that `save` wrote."""

@@ -58,12 +58,12 @@ class RankActor(RankWorker):
         finally:
             self._show_log()
 
-    def save_where(self, folder: str, mark: Mark) -> list[tuple[str, int]]:
+    def save_where(self, folder: str, model_alone: bool, mark: Mark) -> list[tuple[str, int]]:
         """Saves into `folder` where this node sees it, else here. What is to be fetched: (path, bytes) of each file."""
         if mark.is_seen():
-            self.save(folder)
+            self.save(folder, model_alone)
             return []
-        self.save(str(self._files.emptied(SAVED)))
+        self.save(str(self._files.emptied(SAVED)), model_alone)
         return self._files.listing(SAVED)
 
     def read_saved(self, path: str, offset: int) -> bytes:

@@ -75,7 +75,7 @@ class Checkpoints(ABC):
         """An empty folder to write the checkpoint into. What killed writers of this trial left is removed."""
 
     @abstractmethod
-    def commit(self, trial: int, epoch: int, metrics: Mapping[str, float]) -> Manifest:
+    def commit(self, trial: int, epoch: int, metrics: Mapping[str, float], resumable: bool = True) -> Manifest:
         """Makes the staged folder the checkpoint of this epoch. After a crash at any line it is whole or absent.
 
         An existing checkpoint of the same epoch (a repeated epoch after a restart) is replaced.
@@ -87,7 +87,11 @@ class Checkpoints(ABC):
 
     @abstractmethod
     def latest(self, trial: int) -> Manifest | None:
-        """The newest checkpoint of a trial whose bytes are all there."""
+        """The newest checkpoint that a trial can go on from whose bytes are all there."""
+
+    @abstractmethod
+    def resumable(self, trial: int, epoch: int) -> bool:
+        """Whether a trial can go on from this one, by its manifest; False when that cannot be read."""
 
     @abstractmethod
     def local(self, trial: int, epoch: int) -> Path:

@@ -28,9 +28,15 @@ from trainables.fault_points import fault_point
 from trainables.worker import START_DEADLINE_S, RankReport, Task, storage_is_away
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
 
-GO_ON_FROM_S = 0.5
-"""The ranks train the next epoch while a checkpoint is hashed and synced, where the trial's one before took as long as
-this. Killed in that time, it repeats that part of an epoch beside the whole one: not worth it for less."""
+CHEAP_S = 0.5
+"""A checkpoint that takes less is written after every epoch, whole, and nothing else happens meanwhile.
+
+Where it takes more, the ranks train the next epoch while it is hashed and synced; and a whole one is written only once
+in KEPT_FREE times as long as it takes, between those the model of each epoch that is the trial's best so far."""
+KEPT_FREE = 10.0
+"""So at most a tenth of a trial's time goes into what only a crash would need, and a crash costs it no more than the
+running epoch and ten times what a checkpoint takes. (The optimum for a known rate of failures would be longer:
+J. W. Young, A first order approximation to the optimum checkpoint interval, CACM 17(9), 1974.)"""
 NODE_NEWS_S = 5.0
 """Wait before a group is put on nodes again, when it was put on one that was just going."""
 
@@ -55,10 +61,10 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     it is asked to go on.
 
     A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `saves` (its checkpoint is the next
-    result), `checkpoint_bytes` (None: none was saved so far) and `finished`; or `saved`, an epoch, and
-    `checkpoint_bytes`; or `finished` alone; or `failure`, with `fault` (storage, budget, memory) where the cause is
-    known and `micro_batch_size` where it begins again with that; and always `number` and `next_within_s`, the time
-    until the next result is overdue.
+    result), `checkpoint_bytes` (None: none was saved so far) and `finished`; or `saved`, an epoch, with
+    `checkpoint_bytes` and `resumable`; or `finished` alone; or `failure`, with `fault` (storage, budget, memory) where
+    the cause is known and `micro_batch_size` where it begins again with that; and always `number` and
+    `next_within_s`, the time until the next result is overdue.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -68,6 +74,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._logs = TrialLogs(config["task"]["logs"], config["task"]["number"])
         self._saves = False
         """Whether the study's trainable has been seen to save: the deadline of what comes next depends on it."""
+        self._whole_s: float | None = None
+        """What the last whole checkpoint took, of whichever trial; None: there was none yet."""
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -78,7 +86,12 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._logs = TrialLogs(self._task.logs, self._task.number)
         self._begun = False
         self._unsaved: RankReport | None = None
-        self._commit_s = 0.0
+        self._best: float | None = None
+        """The best objective under this supervisor."""
+        self._whole_at = time.monotonic()
+        """When the trial's last whole checkpoint was there, or it began."""
+        self._stale: set[int] = set()
+        """Epochs that are trained again, though a model of them was saved: it is replaced, as their reports are."""
         fault_point(f"resetting-{self._task.number}")
         return True
 
@@ -126,31 +139,54 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         if self._unsaved is not None:
             report, self._unsaved = self._unsaved, None
             manifest = self._save(self._group, report)
-            return {"saved": report.epoch, "checkpoint_bytes": manifest.num_bytes, "finished": False}
+            saved = {"saved": report.epoch, "checkpoint_bytes": manifest.num_bytes, "resumable": manifest.resumable}
+            return saved | {"finished": False}
         next_report = self._group.next_report()
         if next_report is None:
             return {"finished": True}
         self._saves = next_report.saves or self._saves
-        if next_report.saves and next_report.epoch >= self._task.max_epochs:  # nobody stops it any more
+        is_due = next_report.saves and self._is_due(next_report)
+        if is_due and next_report.epoch >= self._task.max_epochs:  # nobody stops it any more
             return self._result(next_report.epoch, next_report.metrics, self._save(self._group, next_report))
-        self._unsaved = next_report if next_report.saves else None
+        self._unsaved = next_report if is_due else None
         return self._result(next_report.epoch, next_report.metrics, None)
+
+    @property
+    def _is_cheap(self) -> bool:
+        return self._whole_s is None or self._whole_s < CHEAP_S
+
+    def _is_due(self, report: RankReport) -> bool:
+        """Whether a checkpoint of this report is to be written, whole or of the model alone."""
+        value, sign = dict(report.metrics).get(self._task.objective[0]), 1 if self._task.objective[1] == "max" else -1
+        is_best = self._best is None or (value is not None and sign * value > sign * self._best)
+        if is_best:
+            self._best = value
+        if is_best or self._is_cheap or report.epoch in self._stale:
+            return True
+        return report.epoch < self._task.max_epochs and self._whole_is_due
+
+    @property
+    def _whole_is_due(self) -> bool:
+        return self._is_cheap or time.monotonic() - self._whole_at >= KEPT_FREE * (self._whole_s or 0.0)
 
     def _save(self, group: WorkerGroup, report: RankReport) -> Manifest:
         number, epoch, began = self._task.number, report.epoch, time.monotonic()
+        is_last = epoch >= self._task.max_epochs  # nobody goes on from there
+        model_alone = report.saves_model and (is_last or not self._whole_is_due)
         self._store.check_room(number)
         try:
-            group.save(self._store.stage(number, epoch))
-            if self._commit_s >= GO_ON_FROM_S and epoch < self._task.max_epochs:
+            group.save(self._store.stage(number, epoch), model_alone)
+            if not self._is_cheap and not is_last:
                 group.go_on()
-            started = time.monotonic()
-            manifest = self._store.commit(number, epoch, report.metrics)
-            self._commit_s = time.monotonic() - started
-            self._deadline.saved(time.monotonic() - began)
-            return manifest
+            manifest = self._store.commit(number, epoch, report.metrics, is_last or not model_alone)
         except Exception:
             self._store.discard(number, epoch)  # half a checkpoint takes the room that the record needs
             raise
+        self._deadline.saved(time.monotonic() - began)
+        if not model_alone:
+            self._whole_at = time.monotonic()
+            self._whole_s = self._whole_at - began
+        return manifest
 
     def _begin(self) -> Manifest | None:
         """Gets the ranks ready, after the trial's last checkpoint if it has one, which is returned."""
@@ -159,7 +195,9 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             folder = self._store.local(latest.trial, latest.epoch) if latest else None
             task = replace(self._task, logs=str(self._logs.folder()))
             self._begin_group(replace(task, resume_from=str(folder) if folder else None))
-        self._begun = True
+        self._begun, self._best, self._whole_at = True, None, time.monotonic()
+        begins_after = latest.epoch if latest else 0
+        self._stale = {epoch for epoch in self._store.epochs(self._task.number) if epoch > begins_after}
         return latest
 
     def _begin_group(self, task: Task) -> None:

@@ -54,6 +54,8 @@ class Task:
     """Root of the study's checkpoint store."""
     budget_bytes: int | None = None
     """Of all the study's checkpoints."""
+    objective: tuple[str, str] = ("eval_accuracy", "max")
+    """(metric, mode): the best epoch is saved, however seldom the others are."""
     lease: tuple[str, str] | None = None
     """(path, token) of the driver's lock file: while that holds that token, this is the study's one driver's trial."""
     shrinks: bool = False
@@ -69,11 +71,12 @@ class Task:
 
 @dataclass(frozen=True)
 class RankReport:
-    """A Report without its `save`, which stays in the rank's process."""
+    """A Report without its ways to save, which stay in the rank's process."""
 
     epoch: int
     metrics: dict[str, float]
     saves: bool
+    saves_model: bool = False
     took_s: float = field(default=0.0, compare=False)
     """From the report before to this one, by the rank's own clock."""
 
@@ -127,14 +130,16 @@ class RankWorker:
             if self._report is None:
                 return None
             metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
-        return RankReport(self._report.epoch, metrics, self._report.save is not None, time.monotonic() - started)
+        report, took_s = self._report, time.monotonic() - started
+        return RankReport(report.epoch, metrics, report.save is not None, report.save_model is not None, took_s)
 
-    def save(self, folder: str) -> None:
-        """Writes this rank's part of the last report's checkpoint; nothing when its report has no `save`."""
+    def save(self, folder: str, model_alone: bool = False) -> None:
+        """Writes this rank's part of the last report's checkpoint; nothing when its report has no way to."""
         assert self._report is not None, "a report comes first"
+        save = self._report.save_model if model_alone else self._report.save
         with _plain_errors(self._rank):
-            if self._report.save is not None:
-                self._report.save(Path(folder))
+            if save is not None:
+                save(Path(folder))
 
     def end(self) -> None:
         """Closes the trial's generator, wherever it stands."""

@@ -95,7 +95,7 @@ class WorkerGroup(ABC):
         """Rank 0's next report, when every rank has reached it; None at the trainable's end."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model_alone: bool = False) -> None:
         """Every rank writes its part of the last report's checkpoint into `folder`."""
 
     @abstractmethod
@@ -122,9 +122,9 @@ class InProcessWorkerGroup(WorkerGroup):
         with self._log_in_errors():
             return self._worker.next_report()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model_alone: bool = False) -> None:
         with self._log_in_errors():
-            self._worker.save(str(folder))
+            self._worker.save(str(folder), model_alone)
 
     def shutdown(self) -> None:
         self._worker.end()
@@ -200,10 +200,14 @@ class RayWorkerGroup(WorkerGroup):
             self._far.fetch_logs(self._task, self._deadline.seconds)
         first: RankReport | None = reports[0]
         # Often rank 0 alone has something to save.
-        return first and replace(first, saves=any(report.saves for report in reports))
+        return first and replace(
+            first,
+            saves=any(report.saves for report in reports),
+            saves_model=any(report.saves_model for report in reports),
+        )
 
-    def save(self, folder: Path) -> None:
-        self._far.save(folder, self._deadline.save_seconds)
+    def save(self, folder: Path, model_alone: bool = False) -> None:
+        self._far.save(folder, model_alone, self._deadline.save_seconds)
 
     def shutdown(self) -> None:
         for rank in self._ranks:

@@ -114,7 +114,7 @@ class Driver:
         if "failure" in result:
             return self._failed(number, result)
         if "saved" in result:
-            self._saw_checkpoint(number, result["saved"], result["checkpoint_bytes"])
+            self._saw_checkpoint(number, result["saved"], result["checkpoint_bytes"], result["resumable"])
         goes_on = self._report(number, result) if "epoch" in result else True
         if goes_on and result["finished"]:
             self._complete(number)
@@ -199,7 +199,7 @@ class Driver:
             self._record.set_saves(number)
         self._values[number] = value
         if num_bytes is not None:
-            self._saw_checkpoint(number, epoch, num_bytes)
+            self._saw_checkpoint(number, epoch, num_bytes, resumable=True)
         elif not result["saves"]:
             self._kept.saw(number, epoch, value, None)
         fault = next((name for name in ("train_loss", "eval_loss", metric) if not _finite(metrics, name)), None)
@@ -211,8 +211,8 @@ class Driver:
             return False
         return True
 
-    def _saw_checkpoint(self, number: int, epoch: int, num_bytes: int) -> None:
-        self._kept.saw(number, epoch, self._values[number], num_bytes)
+    def _saw_checkpoint(self, number: int, epoch: int, num_bytes: int, resumable: bool) -> None:
+        self._kept.saw(number, epoch, self._values[number], num_bytes, resumable)
 
     def _verdict(self, number: int, epoch: int, may_stop: bool) -> str | None:
         return self._asha.stop_reason(number, epoch) if self._asha is not None and may_stop else None
@@ -248,8 +248,8 @@ class Driver:
             self._leave(number)
             return False
         if self._may_restart(number):
-            epochs = self._store.epochs(number)
-            where = f"after epoch {epochs[-1]}" if epochs else "at epoch 1: it has no checkpoint"
+            epoch = self._kept.last_resumable(number)
+            where = f"after epoch {epoch}" if epoch else "at epoch 1: it has no checkpoint to go on from"
             self._tell(f"trial {number}: {_first_line(reason)}; starting again {where}")
             self._record.start(number)
             return True

@@ -26,6 +26,8 @@ class _Trial:
     """The best epoch; of a trial that saves only some epochs, the best of those."""
     sizes: dict[int, int] = field(default_factory=dict)
     """Epoch -> bytes of the checkpoints that exist."""
+    resumable: set[int] = field(default_factory=set)
+    """The epochs among them that the trial can go on from."""
 
     def saw(self, value: float, epoch: int, objective: ObjectiveStatus) -> None:
         if self.best is None or self.best_epoch == epoch or objective.better(value, self.best):
@@ -74,6 +76,8 @@ class KeptCheckpoints:
     def _take_up(self, status: TrialStatus, end: TrialState | None, epochs: list[int]) -> None:
         trial = self._trials[status.number] = _Trial(end)
         trial.sizes = {epoch: self._store.num_bytes(status.number, epoch) for epoch in epochs}
+        if end is None:
+            trial.resumable = {epoch for epoch in epochs if self._store.resumable(status.number, epoch)}
         for report in status.reports if end != "failed" else ():
             value = objective_value(report, self._objective)
             if value is not None and (report.epoch in epochs or not epochs):
@@ -105,7 +109,11 @@ class KeptCheckpoints:
         self.out.add(number)
         self._retain()  # one more writer needs room
 
-    def saw(self, number: int, epoch: int, value: float, num_bytes: int | None) -> None:
+    def last_resumable(self, number: int) -> int | None:
+        """The epoch after which the trial would go on; None: it would begin again."""
+        return max(self._trials[number].resumable, default=None)
+
+    def saw(self, number: int, epoch: int, value: float, num_bytes: int | None, resumable: bool = True) -> None:
         """A report came, with a checkpoint of `num_bytes` or with none."""
         trial = self._trials[number]
         if num_bytes is not None and not trial.sizes:
@@ -114,6 +122,7 @@ class KeptCheckpoints:
             trial.saw(value, epoch, self._objective)
         if num_bytes is not None:
             trial.sizes[epoch] = num_bytes
+            (trial.resumable.add if resumable else trial.resumable.discard)(epoch)
             self._retain()
 
     def left(self, number: int, end: TrialState | None) -> None:
@@ -134,7 +143,7 @@ class KeptCheckpoints:
                 num_bytes=num_bytes,
                 open=trial.end is None,
                 stopped=trial.end == "pruned",
-                last=epoch == max(trial.sizes),
+                last=epoch == max(trial.resumable, default=None),
                 value=trial.best if epoch == trial.best_epoch else None,
             )
             for number, trial in self._trials.items()
@@ -143,4 +152,5 @@ class KeptCheckpoints:
         sign = 1.0 if self._objective.mode == "max" else -1.0
         for number, epoch in to_delete(kept, sign, self._budget_bytes, len(self.out)):
             del self._trials[number].sizes[epoch]
+            self._trials[number].resumable.discard(epoch)
             self._store.delete(number, epoch)

@@ -19,7 +19,7 @@ class Kept:
     stopped: bool
     """The trial was stopped early: it is needed only when it is the best one."""
     last: bool
-    """It is the trial's newest, from which the trial would go on."""
+    """It is the newest that the trial can go on from."""
     value: float | None
     """The trial's best objective, on the checkpoint of that epoch; None on every other."""
 

@@ -95,6 +95,7 @@ def trial_config(
         logs=folder.logs_where,
         checkpoints=folder.checkpoints.where,
         budget_bytes=spec.checkpoints.budget_bytes,
+        objective=(spec.objective.metric, spec.objective.mode),
         lease=lease,
         shrinks=spec.faults.on_oom == "shrink",
         settings=settings,
