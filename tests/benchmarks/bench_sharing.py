@@ -1,6 +1,6 @@
 """What a GPU gives when several trials share it: epochs a second of 1, 2, 4 and 8 trials side by side.
 
-    TUNE_SERVICE_TEST_DATA=DATA python tests/benchmarks/bench_sharing.py [--trials 8] [--epochs 6] [--no-mps]
+    TUNE_SERVICE_TEST_DATA=DATA python tests/benchmarks/bench_sharing.py [--trials 8] [--epochs 6] [--only turns|mps]
 
 DATA holds gpt2-tokenizer/ and glue/mrpc. GPT-2 124M from random weights, batch 32, bf16, each trial in a process of its
 own, evaluation included, no checkpoints: first as the card's driver shares it (turns of some milliseconds), then under
@@ -74,10 +74,11 @@ def throughput(num_trials: int, epochs: int) -> dict[str, Any]:
                 process.stdin.flush()
             epoch_s = [answer(process)["epoch_s"] for process in processes[:together]]
             took_s = time.monotonic() - started
-            found[f"{together} at a time"] = {
+            shown = found[f"{together} at a time"] = {
                 "epochs_per_s": round(together * epochs / took_s, 2),
                 "epoch_s": round(max(epoch_s), 3),
             }
+            print(together, shown, file=sys.stderr, flush=True)
             together *= 2
         return found
     finally:
@@ -108,7 +109,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8, help="the most at a time")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--no-mps", action="store_true")
+    parser.add_argument("--only", choices=["turns", "mps"], nargs="+", default=["turns", "mps"])
     parser.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.trial:
@@ -116,9 +117,10 @@ if __name__ == "__main__":
     elif not has_gpu():
         print("bench_sharing: no GPU here, nothing measured")
     else:
-        results = {"in turns": throughput(options.trials, options.epochs)}
-        print(json.dumps(results), file=sys.stderr, flush=True)
-        if not options.no_mps and shutil.which("nvidia-cuda-mps-control"):
+        results: dict[str, Any] = {}
+        if "turns" in options.only:
+            results["in turns"] = throughput(options.trials, options.epochs)
+        if "mps" in options.only and shutil.which("nvidia-cuda-mps-control"):
             with multi_process_service():
                 results["under MPS"] = throughput(options.trials, options.epochs)
         show("sharing a GPU", **results)

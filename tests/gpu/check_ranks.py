@@ -1,6 +1,6 @@
 """Whether trials of two ranks on two GPUs train as trials of one do, and outlive a rank that is killed.
 
-    TUNE_SERVICE_TEST_DATA=DATA python tests/gpu/check_ranks.py OUT
+    TUNE_SERVICE_TEST_DATA=DATA python tests/gpu/check_ranks.py OUT [curves] [kill]
 
 DATA holds gpt2-tokenizer/ and glue/mrpc. GPT-2 124M from random weights in fp32, without dropout, through the command
 line: under TorchDDPPlugin over NCCL, with the whole step in a CUDA graph. Prints each check, and ends with 1 if one
@@ -33,8 +33,8 @@ def spec(name: str, workers: int, **training: Any) -> dict[str, Any]:
         "name": name,
         "model": {"name": str(data / "gpt2-tokenizer"), "from_scratch": True, "config": config},
         "data": {"task": "mrpc", "path": str(data / "glue" / "mrpc")},
-        "training": {"max_epochs": 3, "batch_size": 32, "precision": "fp32"} | training,
-        "search_space": {"learning_rate": {"choice": [2e-5, 1e-4]}},
+        "training": {"max_epochs": 2, "batch_size": 32, "precision": "fp32"} | training,
+        "search_space": {"learning_rate": {"choice": [1e-5, 2e-5]}},
         "sampler": {"name": "grid"},
         "scheduler": {"name": "none"},
         "budget": {"trials": 2},
@@ -69,10 +69,7 @@ def kill_a_rank(out: Path, done: dict[str, Any]) -> None:
     os.kill(done["rank"], signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    before = used_mib()
+def check_curves(folder: Path) -> None:
     one, two = run(folder, spec("one-rank", 1)), run(folder, spec("two-ranks", 2))
     for metric, tolerance in (("train_loss", 2e-3), ("eval_loss", 5e-3)):
         found, expected = curves(two, metric), curves(one, metric)
@@ -82,6 +79,9 @@ if __name__ == "__main__":
     check(
         "epochs", True, one=curves(one, "epoch_s"), two=curves(two, "epoch_s"), seconds=[one["seconds"], two["seconds"]]
     )
+
+
+def check_kill(folder: Path) -> None:
     done: dict[str, Any] = {}
     killer = threading.Thread(target=kill_a_rank, args=(folder, done), daemon=True)
     killer.start()
@@ -91,6 +91,15 @@ if __name__ == "__main__":
     check(
         "a killed rank costs its trial one start", survived, state=hit["state"], trials=states, seconds=hit["seconds"]
     )
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    before = used_mib()
+    parts = {"curves": check_curves, "kill": check_kill}
+    for part in sys.argv[2:] or parts:
+        parts[part](out)
     left = subprocess.run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True)
     check("no process is left on the GPUs", not left.stdout.strip() and used_mib() <= before + 50, mib=used_mib())
     sys.exit(len(failed) > 0)

@@ -1,6 +1,6 @@
 """Whether captured steps on a GPU train as plain ones do. Prints each check, and ends with 1 if one failed.
 
-    TUNE_SERVICE_TEST_DATA=DATA python tests/gpu/check_steps.py [same_losses] [next_trials] [resumed] [accuracies]
+    TUNE_SERVICE_TEST_DATA=DATA python tests/gpu/check_steps.py [same_losses|next_trials|resumed|masks|accuracies ...]
 
 DATA holds gpt2-tokenizer/, glue/mrpc and glue/sst2; the models are small and start from random weights.
 """
@@ -97,6 +97,18 @@ def resumed() -> None:
         check("gpt2: a resumed trial goes on as if it had not been cut, with dropout", again, undisturbed[2:], 1e-4)
 
 
+def masks() -> None:
+    """Dropout that hid the same all the time would be learned round: the loss would fall faster."""
+    found = {
+        compile_: [losses("gpt2", MRPC, compile=compile_, dropout=0.3, seed=seed)[-1] for seed in (1, 2, 3)]
+        for compile_ in ("auto", "off")
+    }
+    means = [sum(values) / len(values) for values in found.values()]
+    spread = max(max(values) - min(values) for values in found.values())
+    print(json.dumps(found), flush=True)
+    check("gpt2: dropout under captured steps as under plain ones", [means[0]], [means[1]], max(spread, 0.005))
+
+
 def accuracies() -> None:
     """Three seeds on 8,000 sentences of SST-2 in bf16 with dropout."""
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +137,7 @@ def accuracies() -> None:
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(), torch.__version__)
-    parts = {part.__name__: part for part in (same_losses, next_trials, resumed, accuracies)}
+    parts = {part.__name__: part for part in (same_losses, next_trials, resumed, masks, accuracies)}
     for part in (parts[name] for name in sys.argv[1:] or parts):
         started = time.perf_counter()
         part()
