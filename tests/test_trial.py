@@ -16,8 +16,8 @@ import pytest
 
 from trainables import Context, Report
 from trainables.checkpoint import CheckpointStore
-from trainables.trial import CHEAP_S, TrialSupervisor, halved
-from trainables.worker import Task
+from trainables.trial import TrialSupervisor, halved
+from trainables.worker import CHEAP_S, Task
 from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
 
 MAX_EPOCHS = 2

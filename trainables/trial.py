@@ -25,18 +25,9 @@ from trainables.errors import (
 )
 from trainables.far import own_files
 from trainables.fault_points import fault_point
-from trainables.worker import START_DEADLINE_S, RankReport, Task, storage_is_away
+from trainables.worker import CHEAP_S, KEPT_FREE, START_DEADLINE_S, RankReport, Task, storage_is_away
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
 
-CHEAP_S = 0.5
-"""A checkpoint that takes less is written after every epoch, whole, and nothing else happens meanwhile.
-
-Where it takes more, the ranks train the next epoch while it is hashed and synced; and a whole one is written only once
-in KEPT_FREE times as long as it takes, between those the model of each epoch that is the trial's best so far."""
-KEPT_FREE = 10.0
-"""So at most a tenth of a trial's time goes into what only a crash would need, and a crash costs it no more than the
-running epoch and ten times what a checkpoint takes. (The optimum for a known rate of failures would be longer:
-J. W. Young, A first order approximation to the optimum checkpoint interval, CACM 17(9), 1974.)"""
 NODE_NEWS_S = 5.0
 """Wait before a group is put on nodes again, when it was put on one that was just going."""
 

@@ -31,6 +31,15 @@ from trainables.report import Context, Report, Trainable
 START_DEADLINE_S = 15 * 60.0
 """How long the ranks of a trial may take to get ready: process start and imports. The first report of a cold group,
 which may download a model and data, has as long again."""
+CHEAP_S = 0.5
+"""A checkpoint that takes less is written after every epoch, whole, and nothing else happens meanwhile.
+
+Where it takes more, the ranks train the next epoch while it is hashed and synced; and a whole one is written only once
+in KEPT_FREE times as long as it takes, between those the model of each epoch that is the trial's best so far."""
+KEPT_FREE = 10.0
+"""So at most a tenth of a trial's time goes into what only a crash would need, and a crash costs it no more than the
+running epoch and ten times what a checkpoint takes. (The optimum for a known rate of failures would be longer:
+J. W. Young, A first order approximation to the optimum checkpoint interval, CACM 17(9), 1974.)"""
 LOG_LINES = 20
 """Lines of a rank's log that go into the reason of a failure."""
 LOG_BYTES = 16_384

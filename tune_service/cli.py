@@ -19,7 +19,7 @@ from trainables.redaction import redacted
 from tune_service.cluster_cli import app as cluster_app
 from tune_service.errors import CommandError, FollowEndedError, exit_code
 from tune_service.output import display as display_of
-from tune_service.output import print_check, print_failure, print_json, print_rows, print_status
+from tune_service.output import print_check, print_failure, print_json, print_rows, print_status, reader_is_gone
 
 if TYPE_CHECKING:
     from tune_service.check import Check
@@ -317,6 +317,16 @@ def demo(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) 
 
 def main() -> NoReturn:
     """The program `tune-service`."""
+    try:
+        _run_command()
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python has a last flush to come
+        sys.exit(1)
+
+
+def _run_command() -> NoReturn:
     as_json = "--json" in sys.argv
     try:
         code = app(standalone_mode=False)
@@ -325,6 +335,8 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _fail(KeyboardInterrupt(), as_json)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            raise
         if isinstance(error, _UsageFault):
             found = error.format_message()  # type: ignore[attr-defined]
             _fail(UserError(Problem("command line", "is one that --help shows", found, _usage(error))), as_json)

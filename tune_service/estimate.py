@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainables.worker import START_DEADLINE_S
+from trainables.worker import KEPT_FREE, START_DEADLINE_S
 from tune_service.check import Check
 from tune_service.kept import BYTES_PER_PARAMETER
 from tune_service.scheduler import Asha
@@ -28,6 +28,8 @@ class Estimate:
     """One of them, evaluation and checkpoint included; the second while all that share a GPU work."""
     wall_s: tuple[float, float]
     gpu_hours: tuple[float, float]
+    silent_s: float
+    """The longest that a rank may give no sign: an epoch while all that share its GPU work, or a whole checkpoint."""
 
     def __str__(self) -> str:
         used = f", {_range(*self.gpu_hours, 'GPU hours')}" if self.gpu_hours[1] else ""
@@ -41,9 +43,12 @@ class Estimate:
 def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_bytes_s: float) -> Estimate:
     """`at_once`: trials that run side by side; `storage_bytes_s`: what the storage takes, all trials together."""
     trials, resources = most_trials(spec), spec.resources
-    save_s = BYTES_PER_PARAMETER * step["parameters"] / storage_bytes_s
-    alone_s = step["train_rows"] * step["train_row_s"] + step["eval_rows"] * step["eval_row_s"] + save_s
-    epoch_s = alone_s, alone_s * min(sharing(resources), max(1, at_once))
+    train_s = step["train_rows"] * step["train_row_s"] + step["eval_rows"] * step["eval_row_s"]
+    whole_s = BYTES_PER_PARAMETER * step["parameters"] / storage_bytes_s
+    # Where it takes long it is seldom written: in between, the model of a best epoch is a third of it.
+    save_s = min(whole_s, train_s / KEPT_FREE + whole_s / 3)
+    share = min(sharing(resources), max(1, at_once))
+    epoch_s = train_s + save_s, (train_s + save_s) * share
     most = float(trials * spec.max_epochs)
     epochs = (min(most, expected_epochs(spec)), most)
     at_once = max(1, min(at_once, trials))
@@ -53,7 +58,7 @@ def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_b
     )
     gpus = resources.workers * resources.gpus_per_worker
     hours = tuple(number * each * gpus / HOUR_S for number, each in zip(epochs, epoch_s, strict=True))
-    return Estimate(epochs, epoch_s, (wall[0], wall[1]), (hours[0], hours[1]))
+    return Estimate(epochs, epoch_s, (wall[0], wall[1]), (hours[0], hours[1]), max(train_s * share, whole_s))
 
 
 def most_trials(spec: StudySpec) -> int:
@@ -91,12 +96,15 @@ def _epochs(scheduler: Asha, number: int, value: float, max_epochs: int) -> int:
 
 
 def too_long(spec: StudySpec, found: Estimate) -> Check | None:
-    """A trial whose epoch takes longer than a silent rank is waited for would be ended again and again."""
+    """A trial whose epoch, or checkpoint, takes longer than a silent rank is waited for is ended again and again."""
     deadline_s = spec.faults.step_timeout_s or START_DEADLINE_S
-    if found.epoch_s[1] <= deadline_s:
+    if found.silent_s <= deadline_s:
         return None
-    told = f"an epoch takes {_times(*found.epoch_s)}, and a rank that is silent for {deadline_s:.0f} s is ended"
-    return Check("estimate", False, told, f"faults.step_timeout_s: {3 * found.epoch_s[1]:.0f}", code=2)
+    told = (
+        f"an epoch or a checkpoint takes {_times(found.silent_s, found.silent_s)}, and a rank that is silent for "
+        f"{deadline_s:.0f} s is ended"
+    )
+    return Check("estimate", False, told, f"faults.step_timeout_s: {3 * found.silent_s:.0f}", code=2)
 
 
 def sharing(resources: ResourcesSpec) -> int:

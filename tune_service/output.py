@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from tune_service.studies import StudyRow
 
 MAX_ROWS = 20
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more: `tune-service list | head -1`."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO) -> None:

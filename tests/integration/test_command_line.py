@@ -477,6 +477,18 @@ def test_wrong_input_is_explained_to_people(program: Program, arguments: list[st
     assert arguments[-1] in found.err
 
 
+@pytest.mark.parametrize("arguments", ["check no-such-file.yaml --json", "check no-such-file.yaml", "list"])
+def test_a_reader_that_has_gone_is_no_traceback(tmp_path: Path, arguments: str) -> None:
+    """`tune-service list | head -1`, with a head that is done before there is anything."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tune_service.cli", *arguments.split(), "--storage", str(tmp_path)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+    assert done.returncode == (2 if arguments == "check no-such-file.yaml" else 1)
+
+
 @pytest.mark.parametrize("trials", ["0", "-3", "many", "1.5", ""])
 def test_a_budget_is_a_whole_number(study: Finished, program: Program, trials: str) -> None:
     found = program.json("resume", "oven", f"--trials={trials}", code=2)
