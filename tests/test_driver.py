@@ -108,6 +108,7 @@ class HandDriven:
                 "epoch": epoch,
                 "metrics": list(metrics.items()),
                 "saves": num_bytes is not None and not is_last,
+                "could_save": num_bytes is not None and not is_last,
                 "checkpoint_bytes": num_bytes if is_last else None,
                 "finished": is_last,
             }

@@ -25,7 +25,15 @@ from trainables.errors import (
 )
 from trainables.far import own_files
 from trainables.fault_points import fault_point
-from trainables.worker import CHEAP_S, KEPT_FREE, START_DEADLINE_S, RankReport, Task, storage_is_away
+from trainables.worker import (
+    CHEAP_S,
+    KEPT_FREE,
+    LARGE_BYTES,
+    START_DEADLINE_S,
+    RankReport,
+    Task,
+    storage_is_away,
+)
 from trainables.worker_group import RayWorkerGroup, StepDeadline, WorkerGroup
 
 NODE_NEWS_S = 5.0
@@ -52,7 +60,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     it is asked to go on.
 
     A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `saves` (its checkpoint is the next
-    result), `checkpoint_bytes` (None: none was saved so far) and `finished`; or `saved`, an epoch, with
+    result), `could_save` (it is where `save_whole` is called), `checkpoint_bytes` (None: none was saved so far) and
+    `finished`; or `saved`, an epoch, with
     `checkpoint_bytes` and `resumable`; or `finished` alone; or `failure`, with `fault` (storage, budget, memory) where
     the cause is known and `micro_batch_size` where it begins again with that; and always `number` and
     `next_within_s`, the time until the next result is overdue.
@@ -66,7 +75,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._saves = False
         """Whether the study's trainable has been seen to save: the deadline of what comes next depends on it."""
         self._whole_s: float | None = None
-        """What the last whole checkpoint took, of whichever trial; None: there was none yet."""
+        """What the last whole checkpoint took, of whichever trial; None: none that was large."""
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -77,10 +86,14 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._logs = TrialLogs(self._task.logs, self._task.number)
         self._begun = False
         self._unsaved: RankReport | None = None
+        """The last report, whose checkpoint is the next result."""
+        self._skipped: RankReport | None = None
+        """The last report, which goes without."""
         self._best: float | None = None
         """The best objective under this supervisor."""
         self._whole_at = time.monotonic()
         """When the trial's last whole checkpoint was there, or it began."""
+        self._is_left = False
         self._stale: set[int] = set()
         """Epochs that are trained again, though a model of them was saved: it is replaced, as their reports are."""
         fault_point(f"resetting-{self._task.number}")
@@ -97,6 +110,10 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._logs.put(in_time="epoch" in result and not result["finished"])
         return result | {"number": self._task.number, "next_within_s": self._next_within_s()}
 
+    def save_whole(self) -> None:
+        """The trial is to be left: the last report's checkpoint is the next result, whole, however long it takes."""
+        self._is_left = True
+
     def cleanup(self) -> None:
         self._drop_group()
         self._logs.put()
@@ -104,7 +121,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def _failure(self, reason: str, error: Exception) -> dict[str, Any]:
         self._begun = False
-        self._unsaved = None
+        self._unsaved = self._skipped = None
         self._drop_group()
         result: dict[str, Any] = {"failure": reason}
         if isinstance(error, StorageUnavailableError) or (isinstance(error, OSError) and storage_is_away(error)):
@@ -127,8 +144,9 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
                 return self._result(resumed.epoch, _floats(resumed.metrics), resumed)
             return {"finished": False}  # from here on the driver waits no longer than an epoch takes
         assert self._group is not None
-        if self._unsaved is not None:
-            report, self._unsaved = self._unsaved, None
+        report = self._skipped if self._is_left else self._unsaved
+        self._unsaved = self._skipped = None
+        if report is not None:
             manifest = self._save(self._group, report)
             saved = {"saved": report.epoch, "checkpoint_bytes": manifest.num_bytes, "resumable": manifest.resumable}
             return saved | {"finished": False}
@@ -140,6 +158,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         if is_due and next_report.epoch >= self._task.max_epochs:  # nobody stops it any more
             return self._result(next_report.epoch, next_report.metrics, self._save(self._group, next_report))
         self._unsaved = next_report if is_due else None
+        self._skipped = next_report if next_report.saves else None
         return self._result(next_report.epoch, next_report.metrics, None)
 
     @property
@@ -158,7 +177,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     @property
     def _whole_is_due(self) -> bool:
-        return self._is_cheap or time.monotonic() - self._whole_at >= KEPT_FREE * (self._whole_s or 0.0)
+        passed_s = time.monotonic() - self._whole_at
+        return self._is_cheap or self._is_left or passed_s >= KEPT_FREE * (self._whole_s or 0.0)
 
     def _save(self, group: WorkerGroup, report: RankReport) -> Manifest:
         number, epoch, began = self._task.number, report.epoch, time.monotonic()
@@ -167,7 +187,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._store.check_room(number)
         try:
             group.save(self._store.stage(number, epoch), model_alone)
-            if not self._is_cheap and not is_last:
+            if not (self._is_cheap or self._is_left or is_last):
                 group.go_on()
             manifest = self._store.commit(number, epoch, report.metrics, is_last or not model_alone)
         except Exception:
@@ -176,7 +196,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._deadline.saved(time.monotonic() - began)
         if not model_alone:
             self._whole_at = time.monotonic()
-            self._whole_s = self._whole_at - began
+            self._whole_s = self._whole_at - began if manifest.num_bytes >= LARGE_BYTES else None
         return manifest
 
     def _begin(self) -> Manifest | None:
@@ -214,6 +234,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             "epoch": epoch,
             "metrics": list(metrics.items()),
             "saves": self._unsaved is not None,
+            "could_save": self._skipped is not None,
             "checkpoint_bytes": manifest and manifest.num_bytes,
             "finished": epoch >= self._task.max_epochs,
         }

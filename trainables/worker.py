@@ -31,6 +31,8 @@ from trainables.report import Context, Report, Trainable
 START_DEADLINE_S = 15 * 60.0
 """How long the ranks of a trial may take to get ready: process start and imports. The first report of a cold group,
 which may download a model and data, has as long again."""
+LARGE_BYTES = 50_000_000
+"""A smaller checkpoint that takes long once does so because the disk is busy, and is written all the same."""
 CHEAP_S = 0.5
 """A checkpoint that takes less is written after every epoch, whole, and nothing else happens meanwhile.
 

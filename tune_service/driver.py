@@ -121,7 +121,7 @@ class Driver:
             goes_on = False
         elif goes_on and self.stopping:
             # Stays without an end; the study's end puts it back in line, after the checkpoint of this report.
-            goes_on = result.get("saves", False) and not self.stopping_now
+            goes_on = result.get("could_save", False) and not self.stopping_now
         if not goes_on:
             self._leave(number)
         return goes_on

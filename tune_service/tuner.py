@@ -183,7 +183,10 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
         self.slots.widen(tune_controller._actor_cache, trial.placement_group_factory)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        return str(TrialScheduler.CONTINUE if self._driver.result(result) else TrialScheduler.STOP)
+        goes_on = self._driver.result(result)
+        if goes_on and self._driver.stopping:
+            trial.temporary_state.ray_actor.save_whole.remote()  # comes before the step that Tune asks for next
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The first that waits; Tune's own looks at every trial there ever was, at every step.

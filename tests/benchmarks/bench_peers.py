@@ -44,8 +44,9 @@ CONTENDERS = {
     "tune-best": [str(HERE / "peers_tune.py"), "best", "STUDY"],
     "optuna": [str(HERE / "peers_optuna.py"), "STUDY"],
 }
-ACCURACY_NOISE, LOSS_NOISE = 0.03, 0.05
-"""How far a contender's mean over the trials may be from the product's: the rows come in another order."""
+NOISE = {"accuracy": 0.03, "eval_loss": 0.05, "train_loss": 0.1}
+"""How far a contender's mean over the trials may be from the product's. The rows come in another order; and under its
+best settings the Trainer's batches go from long rows to short ones, which shows in the loss while it trains."""
 
 
 def run(name: str, study: Study, log: Path) -> tuple[dict[str, Any], list[Ran]]:
@@ -114,16 +115,12 @@ def side_by_side(ran: dict[str, list[Ran]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     ours = ran.get(PRODUCT)
     for name, trials in ran.items():
-        means = {
-            field: statistics.mean(getattr(trial, field) for trial in trials)
-            for field in ("accuracy", "eval_loss", "train_loss")
-        }
-        found[name] = {"accuracies": [round(trial.accuracy, 3) for trial in trials]}
+        means = {field: statistics.mean(getattr(trial, field) for trial in trials) for field in NOISE}
+        found[name] = {field: [round(getattr(trial, field), 3) for trial in trials] for field in NOISE}
         found[name] |= {f"mean_{field}": round(value, 4) for field, value in means.items()}
         if ours is not None:
             found[name]["agrees"] = all(
-                abs(value - statistics.mean(getattr(trial, field) for trial in ours))
-                <= (ACCURACY_NOISE if field == "accuracy" else LOSS_NOISE)
+                abs(value - statistics.mean(getattr(trial, field) for trial in ours)) <= NOISE[field]
                 for field, value in means.items()
             ) and [(each.learning_rate, each.weight_decay) for each in trials] == [
                 (each.learning_rate, each.weight_decay) for each in ours

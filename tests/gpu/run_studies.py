@@ -26,7 +26,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "search_space": "gpt2",
         "budget": {"trials": 64},
         "checkpoints": {"budget_gib": 40},
-        "resources": {"workers": 1, "gpus_per_worker": 0.25, "cpus_per_worker": 2},
+        "resources": {"workers": 1, "gpus_per_worker": 0.5, "cpus_per_worker": 2},
     },
     "oom": {
         "model": GPT2,

@@ -147,6 +147,49 @@ def test_a_stopped_study_ends_at_the_next_reports_and_goes_on(program: Program) 
         assert program.epochs("stopped", trial["params"]["x"]) == [1, 2, 3, 4]
 
 
+def heavy(epoch: int) -> dict[str, Any]:
+    """A trial of six epochs that get worse, whose checkpoints take over 0.6 s: only that of epoch 1 is written."""
+    return {
+        "trainable": "toys:heavy",
+        "objective": {"mode": "min"},
+        "training": {
+            "max_epochs": 6,
+            "epoch_s": 0.1,
+            "ballast_bytes": 50_000_000,
+            "faults": [{"x": 1, "epoch": epoch, "does": "hold"}],
+        },
+        "search_space": {"x": {"choice": [1]}},
+        "budget": {"trials": 1},
+    }
+
+
+@pytest.mark.slow
+def test_a_trial_whose_checkpoints_are_seldom_is_stopped_with_one_and_loses_nothing(program: Program) -> None:
+    command = program.start("run", program.spec("heavy-stopped", heavy(epoch=4)), "--json")
+    program.wait_for_note("heavy-stopped", "hold", 1, epoch=4)
+    assert program.json("status", "heavy-stopped")["trials"][0]["checkpoint"]["epoch"] == 1
+    stop = program.start("stop", "heavy-stopped", "--json")
+    wait_until(lambda: "stopping: running trials end at their next report" in command.err, 30, "the request")
+    program.release("heavy-stopped")
+    assert (command.wait().code, stop.wait().code) == (0, 0)
+    (trial,) = program.json("status", "heavy-stopped")["trials"]
+    assert (trial["state"], trial["checkpoint"]["epoch"]) == ("paused", 4)
+    (trial,) = program.json("resume", "heavy-stopped")["trials"]
+    assert program.epochs("heavy-stopped", 1) == [1, 2, 3, 4, 5, 6]
+    assert scores(trial) == curve(1, 6)
+
+
+@pytest.mark.slow
+def test_a_trial_whose_checkpoints_are_seldom_goes_on_after_its_last_one_when_it_is_killed(program: Program) -> None:
+    command = program.start("run", program.spec("heavy-killed", heavy(epoch=4)), "--json")
+    rank = program.wait_for_note("heavy-killed", "hold", 1, epoch=4).pid
+    program.process(rank).send_signal(signal.SIGKILL)
+    (trial,) = command.wait().json["trials"]
+    assert "starting again after epoch 1" in command.err
+    assert program.epochs("heavy-killed", 1) == [1, 2, 3, 4, 2, 3, 4, 5, 6]
+    assert scores(trial) == curve(1, 6) and trial["checkpoint"]["epoch"] == 1, "the best epoch's"
+
+
 @pytest.mark.slow
 def test_stop_now_ends_trials_at_once(program: Program) -> None:
     command = start_held(program, "stopped-now", x=1, epoch=3)

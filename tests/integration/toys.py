@@ -53,6 +53,18 @@ def steady(context: Context) -> Iterator[Report]:
     _note(context, "end", epoch)
 
 
+def heavy(context: Context) -> Iterator[Report]:
+    """As `steady`, but its checkpoints are large and take most of a second."""
+    for report in steady(context):
+        yield Report(report.epoch, report.metrics, save=partial(_save_heavily, report))
+
+
+def _save_heavily(report: Report, folder: Path) -> None:
+    assert report.save is not None
+    time.sleep(0.6)
+    report.save(folder)
+
+
 def forgetful(context: Context) -> Iterator[Report]:
     """As `steady`, but never saves."""
     for report in steady(context):
