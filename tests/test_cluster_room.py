@@ -45,6 +45,14 @@ def test_a_demand_that_no_node_type_meets_is_refused_where_all_types_are_known()
     assert known.problems(resources(workers=10)) == []
 
 
+def test_on_a_cluster_the_spec_says_how_many_trials_share_a_gpu() -> None:
+    auto = ResourcesSpec(gpus_per_worker="auto")
+    for room in (ClusterRoom(TWO_SMALL), ClusterRoom(TWO_SMALL, is_final=True)):
+        (problem,) = room.problems(auto)
+        assert (problem.place, problem.found) == ("resources.gpus_per_worker", "auto")
+        assert problem.expected == "1, or a fraction such as 0.25"
+
+
 def test_a_study_waits_where_other_nodes_may_come() -> None:
     empty = ClusterRoom(kinds_of([(0, 0)]))
     assert (empty.problems(resources()), empty.fit(resources()), empty.fits_now(resources())) == ([], 1, 0)

@@ -24,7 +24,7 @@ from trainables.errors import (
     TrialError,
     text_of,
 )
-from trainables.memory import is_out_of_memory
+from trainables.memory import gpu_memory_share, is_out_of_memory
 from trainables.redaction import redacted
 from trainables.report import Context, Report, Trainable
 
@@ -76,6 +76,8 @@ class RankReport:
     saves: bool
     took_s: float = field(default=0.0, compare=False)
     """From the report before to this one, by the rank's own clock."""
+    memory_share: float = field(default=0.0, compare=False)
+    """The most that the rank's process has held of its GPU's memory so far, over all of it; 0: it uses none."""
 
 
 class RankWorker:
@@ -127,7 +129,8 @@ class RankWorker:
             if self._report is None:
                 return None
             metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
-        return RankReport(self._report.epoch, metrics, self._report.save is not None, time.monotonic() - started)
+        took_s = time.monotonic() - started
+        return RankReport(self._report.epoch, metrics, self._report.save is not None, took_s, gpu_memory_share())
 
     def save(self, folder: str) -> None:
         """Writes this rank's part of the last report's checkpoint; nothing when its report has no `save`."""
