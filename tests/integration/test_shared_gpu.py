@@ -24,13 +24,13 @@ def pretend_gpus(program: Program, number: int) -> None:
 
 
 def crowded(program: Program, name: str, **changes: Any) -> str:
-    """A study of which a GPU takes two trials, 0.2 s an epoch; with more on it all are slower."""
-    training = {"max_epochs": 4, "epoch_s": 0.2, "gpu_takes": 2}
+    """A study of which a GPU takes two trials, 0.4 s an epoch; more get less done."""
+    training = {"max_epochs": 4, "epoch_s": 0.4, "gpu_takes": 2}
     sections: dict[str, Any] = {
         "trainable": "toys:crowded",
         "training": training,
-        "search_space": {"x": {"choice": list(range(20))}},
-        "budget": {"trials": 20, "concurrent_trials": None},
+        "search_space": {"x": {"choice": list(range(24))}},
+        "budget": {"trials": 24, "concurrent_trials": None},
         "resources": {"gpus_per_worker": "auto", "cpus_per_worker": 0.1},
     }
     return program.spec(name, sections | changes)
@@ -51,7 +51,7 @@ def test_a_study_settles_at_as_many_trials_as_the_gpu_takes(program: Program) ->
     assert "epochs/s, with 4 it was " in found.out, found.out
     at_once = most_at_once(read_notes(program.notes("one-gpu")))
     assert max(at_once) == 4, at_once
-    assert set(at_once[-5:]) <= {1, 2}, at_once
+    assert set(at_once[-4:]) <= {1, 2}, at_once
 
 
 def test_trials_spread_over_the_gpus_that_they_share(program: Program) -> None:
