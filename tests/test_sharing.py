@@ -21,8 +21,8 @@ class Card:
         self.sharing, self.per_s, self.epochs, self.memory = sharing, per_s, epochs, memory
         self.now_s = 0.0
         self.told: list[str] = []
-        self.running: list[tuple[float, int, int, int]] = []
-        """(end of the epoch that runs, worker group, trial, epochs left after it)."""
+        self.running: list[tuple[float, int, int, int, float]] = []
+        """(end of the epoch that runs, worker group, trial, epochs left after it, when the group had started)."""
         self.warm: list[int] = []
         self.num_groups = self.num_trials = 0
 
@@ -31,7 +31,7 @@ class Card:
         while self.now_s < end_s:
             while len(self.running) < self.sharing.number:
                 self._start()
-            self.now_s, group, trial, left = heapq.heappop(self.running)
+            self.now_s, group, trial, left, _ = heapq.heappop(self.running)
             line = self.sharing.reported(trial, group, self.now_s, self.memory)
             self.told += [line] if line else []
             if left:
@@ -51,9 +51,9 @@ class Card:
         self._train(self.warm.pop(), self.num_trials, self.epochs - 1, cold_s)
 
     def _train(self, group: int, trial: int, left: int, cold_s: float) -> None:
-        beside = len(self.running) + 1
-        epoch_s = beside / self.per_s(beside)
-        heapq.heappush(self.running, (self.now_s + cold_s + epoch_s, group, trial, left))
+        from_s = self.now_s + cold_s
+        beside = 1 + sum(started_s <= from_s for *_, started_s in self.running)  # who starts slows nobody down
+        heapq.heappush(self.running, (from_s + beside / self.per_s(beside), group, trial, left, from_s))
 
 
 def saturates(at: int) -> Callable[[int], float]:
@@ -108,6 +108,10 @@ def test_on_two_gpus_there_are_twice_as_many() -> None:
     assert card.told[-1] == "8 trials share 2 GPUs: 8 epochs/s, with 16 it was 8"
 
 
+def test_on_two_gpus_memory_counts_on_each() -> None:
+    assert Card(Sharing(num_gpus=2, most=16), saturates(16), memory=0.3).run(600).sharing.number == 6
+
+
 @pytest.mark.parametrize(("memory", "settles"), [(0.1, 8), (0.2, 4), (0.3, 3), (0.45, 2), (0.46, 1), (0.95, 1)])
 def test_all_that_share_a_gpu_take_nine_tenths_of_its_memory_at_most(memory: float, settles: int) -> None:
     assert Card(Sharing(num_gpus=1, most=8), saturates(8), memory=memory).run(600).sharing.number == settles
@@ -128,9 +132,10 @@ def test_a_trial_that_ran_out_of_memory_beside_others_is_tried_again_beside_fewe
     sharing = Sharing(num_gpus=1, most=8)
     card = Card(sharing, saturates(8)).run(50)
     assert sharing.number == 4
-    trials = [trial for _, _, trial, _ in card.running]
-    assert sharing.ran_out(trials[0]) == (
-        f"3 trials share the GPU from now on: trial {trials[0]} ran out of memory and is tried again"
+    _, group, trial, *_ = card.running.pop()
+    sharing.lost(group)
+    assert sharing.ran_out(trial) == (
+        f"3 trials share the GPU from now on: trial {trial} ran out of memory and is tried again"
     )
     card.run(600)
     assert sharing.number == 3, "it stays so, whatever more would gain"
@@ -138,25 +143,57 @@ def test_a_trial_that_ran_out_of_memory_beside_others_is_tried_again_beside_fewe
 
 def test_of_trials_that_run_out_of_memory_together_each_is_tried_again_and_one_lowers_the_number() -> None:
     sharing = Sharing(num_gpus=1, most=8)
+    card = Card(sharing, saturates(8)).run(50)
+    lines = [sharing.ran_out(trial) for _, _, trial, *_ in card.running]
+    assert len(lines) == 4 and None not in lines
+    assert sharing.number == 3
+
+
+def test_a_trial_that_ran_out_of_memory_with_the_gpu_for_itself_is_not_tried_again() -> None:
+    sharing = Sharing(num_gpus=1, most=8)
     for trial in (0, 1):
         sharing.handed_out(trial)
     assert sharing.ran_out(0) is not None and sharing.ran_out(1) is not None
     assert sharing.number == 1
     sharing.handed_out(0)
-    assert sharing.ran_out(0) is None, "it had the GPU for itself"
+    assert sharing.ran_out(0) is None
 
 
-def test_a_group_that_was_lost_begins_with_a_first_epoch_again() -> None:
+def report(sharing: Sharing, groups: range, seconds: range) -> list[str]:
+    """Each group finishes an epoch each second. What people are told."""
+    lines = [sharing.reported(group, group, float(second), 0.0) for second in seconds for group in groups]
+    return [line for line in lines if line]
+
+
+def three_trials() -> Sharing:
+    """Two of them may run at a time, never more."""
     sharing = Sharing(num_gpus=1, most=2)
-    lines = []
-    for trial in (0, 1):
+    for trial in range(3):
         sharing.handed_out(trial)
-    for second in range(1, 5):
-        lines += [sharing.reported(trial, trial, float(second), 0.0) for trial in (0, 1)]
-    sharing.lost(1)  # with three epochs each
-    for second in range(100, 106):
-        lines += [sharing.reported(trial, trial, float(second), 0.0) for trial in (0, 1)]
-    assert [line for line in lines if line] == ["2 trials share the GPU: 2 epochs/s"], "not one in 95 s"
+    return sharing
+
+
+def test_eight_epochs_are_measured_after_the_first_of_each_group() -> None:
+    sharing = three_trials()
+    assert report(sharing, range(2), range(1, 6)) == []  # group 0 counts from second 2 on, when both have started
+    assert report(sharing, range(2), range(6, 7)) == ["2 trials share the GPU: 2 epochs/s"]
+
+
+def test_what_a_group_does_while_another_starts_anew_is_not_counted() -> None:
+    sharing = three_trials()
+    assert report(sharing, range(2), range(1, 5)) == []
+    sharing.lost(1)
+    assert report(sharing, range(1), range(5, 100)) == []
+    for second in (100, 110, 120, 130, 140, 150):  # beside the other one it takes ten times as long
+        told = report(sharing, range(2), range(second, second + 1))
+    assert told == ["2 trials share the GPU: 0.2 epochs/s"]
+
+
+def test_nothing_is_measured_while_more_run_than_may() -> None:
+    """As they do for a while after their number was lowered."""
+    sharing = three_trials()
+    assert report(sharing, range(3), range(1, 20)) == []
+    assert report(sharing, range(2), range(20, 26)) == ["2 trials share the GPU: 2 epochs/s"]
 
 
 def test_a_trials_size_is_its_rows_by_its_length_over_the_largest_of_the_space() -> None:

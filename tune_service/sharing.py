@@ -97,13 +97,12 @@ class Sharing:
         self._lanes = {}
 
     def ran_out(self, trial: int) -> str | None:
-        """The trial ran out of memory. None: by itself; else it is to be tried again beside fewer."""
+        """The trial ran out of memory, and its group was `lost`. None: by itself; else it is to be tried again."""
         shared, number = self._trials[trial], self.number
         if max(shared.number_at_start, number) <= self._num_gpus:
             return None
         if shared.number_when_well <= number:  # else that was done since for another, which ran out at the same time
             self._most = max(1, min(self._most, self._num_gpus * max(1, math.ceil(number / self._num_gpus) - 1)))
-        self._lanes = {}
         return f"{self._share(self.number)} from now on: trial {trial} ran out of memory and is tried again"
 
     def _measure(self, group: int, now_s: float) -> str | None:
