@@ -148,6 +148,14 @@ def test_more_than_the_machine_has_is_found(finetune: dict[str, Any], tmp_path: 
     )
 
 
+def test_of_auto_is_told_what_is_known_before_the_study_runs(finetune: dict[str, Any], tmp_path: Path) -> None:
+    finetune["resources"] = {"gpus_per_worker": "auto"}
+    assert not checks(finetune, tmp_path)["resources"].ok, "without a GPU"
+    assert checks(finetune, tmp_path, Machine(cpus=32, gpus=2, memory_bytes=GIB))["resources"].found == (
+        "32 CPUs, 2 GPUs: 16 trials at once at most; how many share a GPU is found while they run"
+    )
+
+
 # ---- a trainable of the user's own
 
 

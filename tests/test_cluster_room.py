@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+
 from tune_service.autoscaler import kinds_in
+from tune_service.checkup import check_cluster
 from tune_service.cluster_room import ClusterRoom, NodeKind, kinds_of
+from tune_service.errors import SpecError
 from tune_service.spec import ResourcesSpec
+from tune_service.submit import submit_study
 
 TWO_SMALL = kinds_of([(0, 0), (8, 1), (8, 1)])
 
@@ -43,6 +51,31 @@ def test_a_demand_that_no_node_type_meets_is_refused_where_all_types_are_known()
     (problem,) = known.problems(resources(workers=11))
     assert problem.place == "resources.workers"
     assert known.problems(resources(workers=10)) == []
+
+
+def test_on_a_cluster_the_spec_says_how_many_trials_share_a_gpu() -> None:
+    auto = ResourcesSpec(gpus_per_worker="auto")
+    for room in (ClusterRoom(TWO_SMALL), ClusterRoom(TWO_SMALL, is_final=True)):
+        (problem,) = room.problems(auto)
+        assert (problem.place, problem.found) == ("resources.gpus_per_worker", "auto")
+        assert problem.expected == "1, or a fraction such as 0.25"
+
+
+def test_that_is_said_on_the_laptop_before_anything_is_shipped(tmp_path: Path) -> None:
+    spec = tmp_path / "study.yaml"
+    spec.write_text(
+        "name: s\ntrainable: a.b:c\nsearch_space: {x: {uniform: [0, 1]}}\nresources: {gpus_per_worker: auto}\n"
+    )
+    nobody: Any = None
+    for command in (
+        lambda: submit_study(spec, (), None, nobody, wait=True),
+        lambda: next(check_cluster(spec, (), None, nobody, start_nodes=False)),
+    ):
+        with pytest.raises(SpecError) as caught:
+            command()
+        (problem,) = caught.value.problems
+        assert problem.place == f"{spec}:4 resources.gpus_per_worker"
+        assert problem.expected == "1, or a fraction such as 0.25"
 
 
 def test_a_study_waits_where_other_nodes_may_come() -> None:

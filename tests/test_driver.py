@@ -21,6 +21,7 @@ from trainables.stores import GIB
 from tune_service.driver import MAX_IN_VAIN, STOP_POLL_S, USER_STOP, Driver
 from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler
+from tune_service.sharing import Sharing
 from tune_service.spec import StudySpec, parse_spec
 from tune_service.status import TrialStatus
 from tune_service.storage import Storage, StudyFolder
@@ -960,6 +961,60 @@ def test_trials_that_are_too_many_for_the_budget_wait_until_fewer_run(tmp_path: 
     assert study.driver.has_room and study.begin() == 3
     assert not study.driver.result(result), "alone, it has all the room that there is"
     assert study.trial(3).state == "failed"
+
+
+def test_a_trial_that_runs_out_of_memory_beside_others_on_its_gpu_waits_until_fewer_run(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, resources={"gpus_per_worker": "auto"}, faults={"on_oom": "fail"})
+    study.driver = Driver(study.spec, study.record, study.told.append, Sharing(num_gpus=1, most=8))
+    assert study.driver.most_at_once == 2
+    first, second = study.begin(), study.begin()
+    result = {"number": second, "next_within_s": 60.0, "failure": "out of memory: rank 0", "fault": "memory", "pid": 7}
+    assert not study.driver.result(result)
+    assert study.told == ["1 trial has the GPU from now on: trial 1 ran out of memory and is tried again"]
+    assert (study.trial(second).state, study.driver.most_at_once) == ("paused", 1)
+    study.driver.result({"number": first, "next_within_s": 60.0, "failure": "its rank died", "pid": 6})
+    assert study.trial(first).state == "running"
+    assert study.begin() == second
+    assert not study.driver.result(result), "it had the GPU for itself"
+    assert study.trial(second).state == "failed"
+
+
+def test_a_micro_batch_is_halved_only_where_a_trial_has_the_gpu_for_itself(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, resources={"gpus_per_worker": "auto"})
+    study.driver = Driver(study.spec, study.record, study.told.append, Sharing(num_gpus=1, most=2))
+    number = study.begin()
+    result = {"number": number, "next_within_s": 60.0, "failure": "out of memory", "fault": "memory", "pid": 7}
+    assert not study.driver.result(result | {"micro_batch_size": 8})
+    assert study.begin() == number
+    assert study.driver.result(result | {"micro_batch_size": 8})
+    asked = study.trial(number)
+    assert (asked.state, asked.restarts) == ("running", 2)
+
+
+def test_the_number_of_trials_at_once_follows_what_their_reports_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tune_service.driver.time.monotonic", lambda: now[0])
+    study = HandDriven(tmp_path, resources={"gpus_per_worker": "auto"})
+    study.driver = Driver(study.spec, study.record, study.told.append, Sharing(num_gpus=1, most=8))
+    numbers = [study.begin(), study.begin()]
+
+    def report(epoch: int, **more: float) -> None:
+        """Both trials, 2 s after the report before."""
+        now[0] += 2.0
+        for number in numbers:
+            result = {"number": number, "pid": number, "next_within_s": 60.0, "finished": False}
+            result |= {"epoch": epoch, "metrics": [("score", 0.5)], "saves": False, "checkpoint_bytes": None}
+            study.driver.result(result | more)
+
+    report(1)  # told again by supervisors that went on from a checkpoint: nothing was trained
+    for epoch in range(2, 7):
+        report(epoch, memory_share=0.25)
+    assert study.told == []
+    report(7, memory_share=0.25)
+    assert study.told == ["2 trials share the GPU: 1 epochs/s; trying 3"]
+    assert study.driver.most_at_once == 3, "three quarters of the memory; four would take it all"
 
 
 def test_supervisors_that_died_idle_use_up_no_restart_of_the_trials_they_are_handed(tmp_path: Path) -> None:

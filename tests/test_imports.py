@@ -76,6 +76,7 @@ LIGHT = (
     "tune_service.cluster_init",
     "tune_service.record",
     "tune_service.remote",
+    "tune_service.sharing",
     "tune_service.submit",
     "tune_service.views",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -109,7 +110,15 @@ def test_gpus_are_those_that_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytes
     assert this_machine().gpus == 1
 
 
-def resources(workers: int = 1, gpus: float = 0.0, cpus: float = 1.0) -> ResourcesSpec:
+def test_each_gpu_has_the_name_that_cuda_knows_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Machine(cpus=8, gpus=2, memory_bytes=10**9)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert two.cards == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5ab,none,7")
+    assert two.cards == ("3", "GPU-5ab")
+
+
+def resources(workers: int = 1, gpus: float | Literal["auto"] = 0.0, cpus: float = 1.0) -> ResourcesSpec:
     return ResourcesSpec(workers=workers, gpus_per_worker=gpus, cpus_per_worker=cpus)
 
 
@@ -131,6 +140,9 @@ def resources(workers: int = 1, gpus: float = 0.0, cpus: float = 1.0) -> Resourc
         (resources(gpus=0.4), 8, 2, None, 4),  # 2 on each GPU; the two rests of 0.2 make no share
         (resources(gpus=0.05), 64, 1, None, 20),
         (resources(gpus=0.25), 2, 4, None, 2),  # CPUs are the narrower limit
+        (resources(gpus="auto"), 64, 1, None, 8),
+        (resources(gpus="auto", cpus=2), 8, 2, None, 4),
+        (resources(gpus="auto"), 64, 2, 3, 3),
         (resources(gpus=1), 8, 0, None, 0),
         (resources(workers=9), 8, 0, None, 0),
     ],
@@ -158,9 +170,10 @@ def test_what_does_not_fit_is_told_with_what_would(asked: ResourcesSpec, place: 
     assert "CPUs: 8, GPUs: 2" in problem.rule
 
 
-def test_gpus_where_there_are_none_are_refused_and_the_cpu_is_offered() -> None:
-    (problem,) = resource_problems(resources(gpus=1), Machine(cpus=8, gpus=0, memory_bytes=10**9))
-    assert problem.place == "resources.gpus_per_worker"
+@pytest.mark.parametrize("asked", [1, "auto"])
+def test_gpus_where_there_are_none_are_refused_and_the_cpu_is_offered(asked: float | Literal["auto"]) -> None:
+    (problem,) = resource_problems(resources(gpus=asked), Machine(cpus=8, gpus=0, memory_bytes=10**9))
+    assert (problem.place, problem.found) == ("resources.gpus_per_worker", f"{asked}")
     assert problem.expected.startswith("0,")
 
 

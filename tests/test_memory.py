@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,3 +41,32 @@ def test_the_kernels_kills_are_counted_in_the_container_before_the_machine(
     assert memory.num_oom_kills() == 5
     own.write_text("low 0\noom 3\noom_kill 2\noom_group_kill 1\n")
     assert memory.num_oom_kills() == 2
+
+
+class Card:
+    """What torch.cuda says of a card of 80 GiB of which this process has held 20 at most."""
+
+    def __init__(self, is_initialized: bool) -> None:
+        self.is_initialized = lambda: is_initialized
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=80 * 2**30)
+
+    def max_memory_reserved(self) -> int:
+        return 20 * 2**30
+
+
+def test_the_share_of_a_gpu_counts_half_a_gib_for_cuda_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=Card(is_initialized=True)))
+    assert memory.gpu_memory_share() == 20.5 / 80
+
+
+def test_who_uses_no_gpu_has_no_share_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=Card(is_initialized=False)))
+    assert memory.gpu_memory_share() == 0.0
+    monkeypatch.delitem(sys.modules, "torch")
+    assert memory.gpu_memory_share() == 0.0
+    assert "torch" not in sys.modules, "asking does not import it"

@@ -17,7 +17,6 @@ import pytest
 from test_driver import toy_spec
 
 from tune_service import node_look
-from tune_service.doctor_trial import largest_params
 from tune_service.node_look import METRICS, OPEN, OTHER, REFUSED, SILENT, UNKNOWN, probed, problems, source_digest
 
 
@@ -132,7 +131,7 @@ def test_the_digest_is_of_the_source_and_of_nothing_else() -> None:
 
 def test_the_largest_of_a_space_is_its_longest_rows_in_its_biggest_batch(tmp_path: Path) -> None:
     spec = toy_spec(tmp_path)
-    assert largest_params(spec) == {"x": 0.0, "depth": 1}  # of one's own: its first point, which nobody runs
+    assert spec.largest_params() == {"x": 0.0, "depth": 1}  # of one's own: its first point, which nobody runs
     finetune = {
         "name": "s",
         "model": {"name": "gpt2"},
@@ -146,5 +145,5 @@ def test_the_largest_of_a_space_is_its_longest_rows_in_its_biggest_batch(tmp_pat
     }
     from tune_service.spec import parse_spec
 
-    found = largest_params(parse_spec(finetune, tmp_path))
+    found = parse_spec(finetune, tmp_path).largest_params()
     assert found == {"batch_size": 64, "micro_batch_size": None, "max_length": 128, "learning_rate": 2.4e-5}

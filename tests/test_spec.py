@@ -236,6 +236,15 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     (FINETUNE, {"resources/gpus_per_worker": 1.5}, "resources.gpus_per_worker", "1.5", "0.5"),
     (FINETUNE, {"resources/gpus_per_worker": -1}, "resources.gpus_per_worker", "-1", "0.0 or more"),
     (FINETUNE, {"resources": {"workers": 2, "gpus_per_worker": 0.5}}, "resources.gpus_per_worker", "0.5", "workers: 1"),
+    (
+        FINETUNE,
+        {"resources": {"workers": 2, "gpus_per_worker": "auto"}},
+        "resources.gpus_per_worker",
+        "auto with workers: 2",
+        "1, or workers: 1",
+    ),
+    (FINETUNE, {"resources/gpus_per_worker": "all"}, "resources.gpus_per_worker", "all", "0.0 or more, or auto"),
+    (FINETUNE, {"resources/gpus_per_worker": True}, "resources.gpus_per_worker", "true", "0.0 or more, or auto"),
     (FINETUNE, {"resources/cpus_per_worker": 0}, "resources.cpus_per_worker", "0", "greater than 0"),
     (FINETUNE, {"checkpoints/budget_gib": 0}, "checkpoints.budget_gib", "0", "greater than 0"),
     (FINETUNE, {"faults/restarts_per_trial": -1}, "faults.restarts_per_trial", "-1", "0 or more"),
@@ -561,7 +570,7 @@ finetune_specs = st.fixed_dictionaries(
     optional={
         "scheduler": st.just({"name": "none"}),
         "sampler": st.fixed_dictionaries({"name": st.sampled_from(["tpe", "random"]), "seed": st.integers(0, 99)}),
-        "resources": st.sampled_from([{"workers": 4}, {"gpus_per_worker": 0.25}, {"gpus_per_worker": 0}]),
+        "resources": st.sampled_from([{"workers": 4}, {"gpus_per_worker": 0.25}, {"gpus_per_worker": "auto"}]),
     },
 )
 own_specs = st.fixed_dictionaries(
@@ -582,6 +591,14 @@ def test_a_spec_that_is_written_loads_to_an_equal_spec(
     spec = parse_spec(written)
     assert parse_spec(spec.to_mapping()) == spec
     assert load_spec(write(tmp_path_factory.mktemp("spec"), dump_yaml(spec))) == spec
+
+
+def test_auto_asks_ray_for_an_eighth_of_a_gpu_and_stays_auto_in_the_file() -> None:
+    spec = parse_spec(FINETUNE | {"resources": {"gpus_per_worker": "auto"}})
+    assert (spec.resources.finds_share, spec.resources.gpu_share) == (True, 0.125)
+    assert "gpus_per_worker: auto" in dump_yaml(spec)
+    quarter = parse_spec(FINETUNE | {"resources": {"gpus_per_worker": 0.25}})
+    assert (quarter.resources.finds_share, quarter.resources.gpu_share) == (False, 0.25)
 
 
 def test_domains_may_be_given_as_objects() -> None:

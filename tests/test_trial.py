@@ -120,8 +120,14 @@ def steps(task: Task, number: int) -> list[dict[str, Any]]:
 def test_a_trial_is_ready_then_reports_then_saves_when_it_is_to_go_on(task: Task) -> None:
     ready, first, saved, last = steps(task, 4)
     assert ready == {"finished": False}
-    report = {"metrics": [("score", 0.0)], "saves": True, "checkpoint_bytes": None, "finished": False}
-    report["could_save"] = True
+    report = {
+        "metrics": [("score", 0.0)],
+        "saves": True,
+        "could_save": True,
+        "checkpoint_bytes": None,
+        "finished": False,
+        "memory_share": 0.0,
+    }
     assert first == {"epoch": 1} | report
     assert saved == {"saved": 1, "checkpoint_bytes": 112, "resumable": True, "finished": False}
     assert last == {"epoch": 2} | report | {

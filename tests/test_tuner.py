@@ -9,6 +9,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 
 from tune_service.place import Usage
+from tune_service.slots import Slots
 from tune_service.this_machine import LocalSession
 from tune_service.tuner import NUM_ENDED_KEPT, _forget_ended, _StudyScheduler
 
@@ -65,3 +66,14 @@ def test_the_next_trial_is_the_first_that_waits_and_has_no_actor_on_its_way() ->
 def test_on_one_machine_as_many_trials_start_at_a_time_as_there_are_cores() -> None:
     session = LocalSession(Path(), concurrent=8, cpus=3)
     assert [session.slots(Usage(running, wants=20)) for running in (0, 1, 5, 8)] == [3, 4, 8, 8]
+
+
+def test_a_study_runs_no_more_trials_than_were_found_to_share_a_gpu_well() -> None:
+    session = LocalSession(Path(), concurrent=8, cpus=3)
+    found = [2.0]
+    slots = Slots(session, num_running=lambda: 2, wants=lambda: 20, most=lambda: found[0])
+    assert slots.number() == 2
+    found[0] = 4.0
+    assert slots.number() == 4
+    found[0] = 16.0
+    assert slots.number() == 5, "two that run and one for each core"

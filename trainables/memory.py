@@ -1,12 +1,15 @@
-"""Whether memory ran out. No torch: its error is told by its name."""
+"""Whether memory ran out, and how much is in use. Imports no torch: its error is told by its name."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from trainables.errors import text_of
 
+CONTEXT_BYTES = 512 * 1024**2
+"""What CUDA itself takes of a GPU for each process, about."""
 _COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 _WORDS = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
@@ -25,6 +28,15 @@ def tells_of_memory(message: str) -> bool:
     Not by the word OOM, which Ray's message on any dead process has among the common causes.
     """
     return "running low on memory" in message or "memory usage threshold" in message
+
+
+def gpu_memory_share() -> float:
+    """The most that this process has held of its GPU's memory so far, over all of it; 0 where it uses none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return float((torch.cuda.max_memory_reserved() + CONTEXT_BYTES) / total)
 
 
 def num_oom_kills() -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import ray
 
-from trainables.far import FarFiles, Mark
+from trainables.cards import take_card
+from trainables.far import FarFiles, Mark, scratch_place
 from trainables.redaction import redacted
 from trainables.worker import RankReport, RankWorker, Task
 
@@ -18,8 +20,11 @@ _LOGS, _RESUME, SAVED = "logs", "resume", "saved"
 class RankActor(RankWorker):
     """A RankWorker that shows its log lines to Ray's dashboard too, and keeps its files here where it must."""
 
-    def __init__(self, rank: int, world_size: int, uses_gpu: bool) -> None:
+    def __init__(self, rank: int, world_size: int, uses_gpu: bool, cards: Sequence[str] = ()) -> None:
+        """`cards`: GPUs of which it takes the one that fewest use; empty: the one that Ray chose."""
         super().__init__(rank, world_size, uses_gpu)
+        if cards:
+            os.environ["CUDA_VISIBLE_DEVICES"] = take_card(cards, scratch_place())
         self._stdout = os.dup(1)  # Ray's own log file; the rank's output goes to the trial's
         self._files = FarFiles()
         self._is_far = False

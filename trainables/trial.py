@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,8 @@ class GroupShape:
     step_timeout_s: float | None
     first_bundle: int = 0
     """Of the placement group, that is a rank's: the supervisor's own comes before it where it is not empty."""
+    cards: Sequence[str] = ()
+    """GPUs of which a group of one rank takes the one that fewest use; empty: Ray chooses."""
 
 
 class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
@@ -59,11 +62,11 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     it is plain data with its reason, and this process, which did not fail, begins again from the last checkpoint when
     it is asked to go on.
 
-    A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `saves` (its checkpoint is the next
-    result), `could_save` (it is where `save_whole` is called), `checkpoint_bytes` (None: none was saved so far) and
-    `finished`; or `saved`, an epoch, with
-    `checkpoint_bytes` and `resumable`; or `finished` alone; or `failure`, with `fault` (storage, budget, memory) where
-    the cause is known and `micro_batch_size` where it begins again with that; and always `number` and
+    A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `memory_share` (of its GPU, so far at most;
+    none in a report from before that is told again), `saves` (its checkpoint is the next result), `could_save` (it is
+    where `save_whole` is called), `checkpoint_bytes` (None: none was saved so far) and `finished`; or `saved`, an
+    epoch, with `checkpoint_bytes` and `resumable`; or `finished` alone; or `failure`, with `fault` (storage, budget,
+    memory) where the cause is known and `micro_batch_size` where it begins again with that; and always `number` and
     `next_within_s`, the time until the next result is overdue.
     """
 
@@ -154,12 +157,15 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         if next_report is None:
             return {"finished": True}
         self._saves = next_report.saves or self._saves
+        written: Manifest | None = None
         is_due = next_report.saves and self._is_due(next_report)
         if is_due and next_report.epoch >= self._task.max_epochs:  # nobody stops it any more
-            return self._result(next_report.epoch, next_report.metrics, self._save(self._group, next_report))
-        self._unsaved = next_report if is_due else None
-        self._skipped = next_report if next_report.saves else None
-        return self._result(next_report.epoch, next_report.metrics, None)
+            written = self._save(self._group, next_report)
+        else:
+            self._unsaved = next_report if is_due else None
+            self._skipped = next_report if next_report.saves else None
+        result = self._result(next_report.epoch, next_report.metrics, written)
+        return result | {"memory_share": next_report.memory_share}
 
     @property
     def _is_cheap(self) -> bool:
@@ -256,6 +262,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             ray.util.get_current_placement_group(),
             self._deadline,
             shape.first_bundle,
+            shape.cards,
         )
 
     def _drop_group(self) -> None:

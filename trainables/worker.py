@@ -24,7 +24,7 @@ from trainables.errors import (
     TrialError,
     text_of,
 )
-from trainables.memory import is_out_of_memory
+from trainables.memory import gpu_memory_share, is_out_of_memory
 from trainables.redaction import redacted
 from trainables.report import Context, Report, Trainable
 
@@ -90,6 +90,8 @@ class RankReport:
     saves_model: bool = False
     took_s: float = field(default=0.0, compare=False)
     """From the report before to this one, by the rank's own clock."""
+    memory_share: float = field(default=0.0, compare=False)
+    """The most that the rank's process has held of its GPU's memory so far, over all of it; 0: it uses none."""
 
 
 class RankWorker:
@@ -142,7 +144,8 @@ class RankWorker:
                 return None
             metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
         report, took_s = self._report, time.monotonic() - started
-        return RankReport(report.epoch, metrics, report.save is not None, report.save_model is not None, took_s)
+        saves, saves_model = report.save is not None, report.save_model is not None
+        return RankReport(report.epoch, metrics, saves, saves_model, took_s, gpu_memory_share())
 
     def save(self, folder: str, model_alone: bool = False) -> None:
         """Writes this rank's part of the last report's checkpoint; nothing when its report has no way to."""

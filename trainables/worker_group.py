@@ -149,6 +149,7 @@ class RayWorkerGroup(WorkerGroup):
         placement_group: PlacementGroup,
         deadline: StepDeadline,
         first_bundle: int = 0,
+        cards: Sequence[str] = (),
     ) -> None:
         self._deadline = deadline
         self._task: Task | None = None
@@ -160,7 +161,7 @@ class RayWorkerGroup(WorkerGroup):
                 num_gpus=gpus_per_worker,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, first_bundle + rank),
                 max_restarts=0,
-            ).remote(rank, workers, gpus_per_worker > 0)
+            ).remote(rank, workers, gpus_per_worker > 0, cards)
             for rank in range(workers)
         ]
         self._far = FarRanks(self._ask)

@@ -112,7 +112,10 @@ def _record(storage: StudyStorage, url: str) -> str:
 
 def _resources(spec: StudySpec, room: Room) -> str:
     _raised(room.problems(spec.resources))
-    return f"{room.offer()}: {room.fit(spec.resources, spec.budget.concurrent_trials)} trials at once"
+    at_once = room.fit(spec.resources, spec.budget.concurrent_trials)
+    if spec.resources.finds_share:
+        return f"{room.offer()}: {at_once} trials at once at most; how many share a GPU is found while they run"
+    return f"{room.offer()}: {at_once} trials at once"
 
 
 def room_for_checkpoints(spec: StudySpec, storage: StudyStorage, each: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tune_service import diagnosis, node_look
 from tune_service.check import Check
+from tune_service.cluster_room import not_for_clusters
 from tune_service.diagnosis import Port
 from tune_service.parcel import pack
 from tune_service.remote import RemoteStudies
@@ -24,7 +25,7 @@ def check_cluster(
     path: Path, overrides: Sequence[str], name: str | None, studies: RemoteStudies, start_nodes: bool
 ) -> Generator[Check, None, None]:
     """Each check as soon as it is done. SpecError when the spec alone is wrong."""
-    spec = load_spec(path, overrides, name, here=False)
+    spec = load_spec(path, overrides, name, here=False, also=not_for_clusters)
     yield Check("spec", True, str(path))
     yield _dashboard(studies)
     listening: list[Port] = []

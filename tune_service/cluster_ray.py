@@ -83,6 +83,9 @@ class ThisCluster:
     def found_again(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         return spec if self._came_with in (None, spec.folder) else moved(spec, spec.folder, self._came_with)
 
+    def sharing(self, spec: StudySpec) -> None:
+        """Nothing: here the spec says it."""
+
     def prepare(self, spec: StudySpec) -> None:
         """Nothing: Ray was joined before."""
 
@@ -109,6 +112,7 @@ class ClusterSession:
     def __init__(self, cluster: ThisCluster, spec: StudySpec, root: Path | None, scratch: Path, claims: Claims) -> None:
         self.scratch = scratch
         self.root = root
+        self.cards = ()
         self.supervisor_bundle: Mapping[str, float] = {_head_resource(): SLIVER}
         self._cluster, self._spec, self._claims = cluster, spec, claims
         self._room = cluster.room

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trainables.errors import Problem
 from tune_service.machine import Machine
-from tune_service.spec import ResourcesSpec
+from tune_service.spec import ResourcesSpec, StudySpec
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,27 @@ class ClusterRoom:
 
     def problems(self, resources: ResourcesSpec) -> list[Problem]:
         """Empty also where a node may come that nobody knows of yet; the study then waits, and says for what."""
+        if resources.finds_share:
+            return [_SHARE_PROBLEM]
         if not self.is_final or self.fit(resources):
             return []
         found = f"{resources.workers} workers of {demand(resources)} each"
         if any(kind.ranks(resources) for kind in (*self.alive, *self.startable)):
             rule, expected = "the cluster holds one trial when it has grown", "fewer workers, or more `max_workers`"
             return [Problem("resources.workers", f"{rule} ({self.offer()})", found, expected)]
-        key = "resources.gpus_per_worker" if resources.gpus_per_worker else "resources.cpus_per_worker"
+        key = "resources.gpus_per_worker" if resources.gpu_share else "resources.cpus_per_worker"
         rule = f"a node of the cluster holds one worker ({self.offer()})"
         return [Problem(key, rule, found, "what a node type of the cluster file has")]
 
 
+def not_for_clusters(spec: StudySpec) -> list[Problem]:
+    """What of a spec has no meaning on a cluster, whatever its nodes are."""
+    return [_SHARE_PROBLEM] if spec.resources.finds_share else []
+
+
 def demand(resources: ResourcesSpec) -> str:
     """What one worker needs, in words."""
-    gpus = f", {resources.gpus_per_worker:g} GPUs" if resources.gpus_per_worker else ""
+    gpus = f", {resources.gpu_share:g} GPUs" if resources.gpu_share else ""
     return f"{resources.cpus_per_worker:g} CPUs{gpus}"
 
 
@@ -92,3 +99,11 @@ def _ranks(kinds: Iterable[NodeKind], resources: ResourcesSpec, max_nodes: int |
         ranks += count * kind.ranks(resources)
         left -= count
     return ranks
+
+
+_SHARE_PROBLEM = Problem(
+    "resources.gpus_per_worker",
+    "on a cluster, whose GPUs may differ and come and go, the spec says how many trials share one",
+    "auto",
+    "1, or a fraction such as 0.25",
+)

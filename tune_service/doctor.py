@@ -154,8 +154,8 @@ class _Doctor:
         import ray
 
         bundle = {"CPU": resources.cpus_per_worker}
-        if resources.gpus_per_worker:
-            bundle["GPU"] = resources.gpus_per_worker
+        if resources.gpu_share:
+            bundle["GPU"] = resources.gpu_share
         group = ray.util.placement_group([dict(bundle) for _ in range(resources.workers)])
         try:
             patience_s = START_NODES_S if start_nodes else ROOM_S

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search_spaces import Choice, Domain, IntUniform, Value
 from trainables.errors import OutOfMemoryError, TrialError
 from trainables.worker import START_DEADLINE_S, Task
 from tune_service import diagnosis
@@ -38,7 +37,7 @@ def try_trial(
 
     resources = spec.resources
     scratch = Path(tempfile.mkdtemp(prefix="tune-check-"))
-    shape = (resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
+    shape = (resources.workers, resources.cpus_per_worker, resources.gpu_share)
     ranks = RayWorkerGroup(f"{spec.name} check", *shape, group, StepDeadline(START_DEADLINE_S))
     name = TRIED[0]
     try:
@@ -62,7 +61,7 @@ def try_trial(
 
 
 def _task(spec: StudySpec, scratch: Path) -> Task:
-    params = largest_params(spec)
+    params = spec.largest_params()
     return Task(
         number=0,
         trainable="trainables.probe:probe",
@@ -80,7 +79,7 @@ def _all_reduce(spec: StudySpec, found: Mapping[str, float]) -> Check:
     if workers == 1:
         return Check("all-reduce", True, "one worker a trial: its rank came up, and has nobody to exchange with")
     seconds, num_bytes = found["all_reduce_s"], found["all_reduce_bytes"]
-    backend = "NCCL" if spec.resources.gpus_per_worker else "gloo"
+    backend = "NCCL" if spec.resources.gpu_share else "gloo"
     speed = f"{num_bytes / 1e6:.0f} MB in {1000 * seconds:.0f} ms, {num_bytes / seconds / 1e6:.0f} MB/s"
     return Check("all-reduce", True, f"{workers} ranks by {backend}: {speed}")
 
@@ -92,7 +91,7 @@ def _step(
     nodes: Sequence[Node],
     checkpoints: Callable[[int], tuple[Check, float]],
 ) -> Iterator[Check]:
-    sizes = spec.trial_settings().with_params(largest_params(spec)).training
+    sizes = spec.trial_settings().with_params(spec.largest_params()).training
     micro = f", micro_batch_size {sizes.micro_batch_size}" if sizes.micro_batch_size else ""
     told = f"{found['step_s']:.3g} s with batch_size {sizes.batch_size}, max_length {sizes.max_length}{micro}"
     yield Check("step", True, f"{told} and the longest rows there are; {found['parameters']:.3g} parameters")
@@ -115,26 +114,3 @@ def _failed(name: str, error: TrialError) -> Check:
         return Check(name, False, str(error), advice, code=2)
     advice = "a study's trials would fail alike; between nodes all ports must be open"
     return diagnosis.failed(name, str(error), advice)
-
-
-def largest_params(spec: StudySpec) -> dict[str, Value]:
-    """Those of the first trial, with the largest batches and lengths of the search space."""
-    first = spec.first_params()
-    params = {name: first.get(name, _smallest(domain)) for name, domain in spec.domains.items()}
-    for name in ("batch_size", "micro_batch_size", "max_length"):
-        if spec.is_finetune and name in spec.domains:
-            params[name] = _largest(spec.domains[name])
-    return params
-
-
-def _smallest(domain: Domain) -> Value:
-    return domain.values[0] if isinstance(domain, Choice) else domain.low
-
-
-def _largest(domain: Domain) -> Value:
-    """Of a choice that has null, null: no limit."""
-    if isinstance(domain, IntUniform):
-        return domain.high
-    values = domain.grid() or ()
-    numbers = [value for value in values if isinstance(value, int | float)]
-    return None if None in values else max(numbers)

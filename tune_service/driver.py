@@ -18,6 +18,7 @@ from tune_service.kept import KeptCheckpoints, least_bytes
 from tune_service.record import AskedTrial, Record
 from tune_service.scheduler import Asha
 from tune_service.searcher import distributions, grid_points
+from tune_service.sharing import Sharing, of_largest
 from tune_service.spec import StudySpec
 
 OVERDUE_MARGIN_S = 30.0
@@ -33,7 +34,11 @@ USER_STOP = "stopped by the user"
 class Driver:
     """Drives one study by its record. `tell` is given one line for people at each event worth one."""
 
-    def __init__(self, spec: StudySpec, record: Record, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, spec: StudySpec, record: Record, tell: Callable[[str], None], sharing: Sharing | None = None
+    ) -> None:
+        """`sharing` finds out how many trials share a GPU, where the spec leaves that open."""
+        self._sharing = sharing
         self._spec = spec
         self._record = record
         self._tell = tell
@@ -76,7 +81,15 @@ class Driver:
         if asked is not None:
             self._kept.hand_out(asked.number)
             self._begun.discard(asked.number)
+            if self._sharing is not None:
+                smaller = {"micro_batch_size": asked.micro_batch_size} if asked.micro_batch_size is not None else {}
+                self._sharing.handed_out(asked.number, of_largest(self._spec, asked.params | smaller))
         return asked
+
+    @property
+    def most_at_once(self) -> float:
+        """How many trials may run at once by what was found out about sharing GPUs."""
+        return math.inf if self._sharing is None else self._sharing.number
 
     @property
     def has_running(self) -> bool:
@@ -111,6 +124,8 @@ class Driver:
         if self._has_ended(number):
             return False
         self._due[number] = time.monotonic() + result["next_within_s"] + OVERDUE_MARGIN_S
+        if self._sharing is not None:
+            self._learn(number, result, self._sharing)
         if "failure" in result:
             return self._failed(number, result)
         if "saved" in result:
@@ -232,6 +247,11 @@ class Driver:
         if self.stopping:
             self._leave(number)
             return False
+        if fault == "memory" and self._sharing is not None and (line := self._sharing.ran_out(number)) is not None:
+            self._tell(line)
+            self._record.pause(number, reason)
+            self._leave(number)
+            return False
         if "micro_batch_size" in result:
             size = result["micro_batch_size"]
             self._tell(f"trial {number}: {_first_line(reason)}; trying again with a micro batch of {size}")
@@ -256,6 +276,16 @@ class Driver:
         self._give_up(number, reason)
         self._leave(number)
         return False
+
+    def _learn(self, number: int, result: Mapping[str, Any], sharing: Sharing) -> None:
+        """Of what sharing GPUs costs, from one result."""
+        group = result["pid"]  # Tune's word for the supervisor's process, which has one worker group at a time
+        if "failure" in result:
+            sharing.lost(group)
+        elif "memory_share" in result:
+            line = sharing.reported(number, group, time.monotonic(), result["memory_share"])
+            if line is not None:
+                self._tell(line)
 
     def _may_restart(self, number: int) -> bool:
         """Counts one more failure of a trial. Whether it is started again."""

@@ -56,7 +56,7 @@ def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_b
         max(number * each / at_once, spec.max_epochs * each, number * save_s)
         for number, each in zip(epochs, epoch_s, strict=True)
     )
-    gpus = resources.workers * resources.gpus_per_worker
+    gpus = resources.workers * resources.gpu_share
     hours = tuple(number * each * gpus / HOUR_S for number, each in zip(epochs, epoch_s, strict=True))
     return Estimate(epochs, epoch_s, (wall[0], wall[1]), (hours[0], hours[1]), max(train_s * share, whole_s))
 
@@ -109,7 +109,7 @@ def too_long(spec: StudySpec, found: Estimate) -> Check | None:
 
 def sharing(resources: ResourcesSpec) -> int:
     """How many ranks share a GPU."""
-    return max(1, int(1 / resources.gpus_per_worker + 1e-9)) if resources.gpus_per_worker else 1
+    return max(1, int(1 / resources.gpu_share + 1e-9)) if resources.gpu_share else 1
 
 
 def _times(low_s: float, high_s: float) -> str:

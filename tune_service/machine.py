@@ -25,6 +25,13 @@ class Machine:
     gpus: int
     memory_bytes: int
 
+    @property
+    def cards(self) -> tuple[str, ...]:
+        """What CUDA_VISIBLE_DEVICES calls each GPU here."""
+        written = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = map(str, range(self.gpus)) if written is None else (name.strip() for name in written.split(","))
+        return tuple(dict.fromkeys(names))[: self.gpus]
+
     def offer(self) -> str:
         """In words."""
         return f"{self.cpus} CPUs, {self.gpus} GPUs"
@@ -56,7 +63,7 @@ def fit(resources: ResourcesSpec, machine: Machine, concurrent_trials: int | Non
     """How many trials run at once; 0 when not even one has room."""
     by_cpus = _floor(machine.cpus / (resources.workers * resources.cpus_per_worker))
     limits = [by_cpus]
-    gpus = resources.gpus_per_worker
+    gpus = resources.gpu_share
     if 0 < gpus < 1:
         limits.append(machine.gpus * _floor(1 / gpus))  # a share lies on one GPU: two rests make no share
     elif gpus:
@@ -102,14 +109,15 @@ def _cpu_problems(resources: ResourcesSpec, machine: Machine) -> Iterator[Proble
 
 
 def _gpu_problems(resources: ResourcesSpec, machine: Machine) -> Iterator[Problem]:
-    workers, each = resources.workers, resources.gpus_per_worker
+    workers, each = resources.workers, resources.gpu_share
     if workers * each <= machine.gpus:
         return
     if machine.gpus == 0:
         rule = (
             f"GPUs are asked for only where there are some ({_offer(machine)}, by CUDA_VISIBLE_DEVICES and nvidia-smi)"
         )
-        yield Problem("resources.gpus_per_worker", rule, f"{each:g}", "0, which trains on the CPU")
+        found = "auto" if resources.finds_share else f"{each:g}"
+        yield Problem("resources.gpus_per_worker", rule, found, "0, which trains on the CPU")
         return
     rule = f"one trial fits on the machine ({_offer(machine)})"
     found = f"{workers} workers with gpus_per_worker {each:g}: {workers * each:g} GPUs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Protocol
 
 from trainables.errors import Problem
 from tune_service.home import StudyHome
+from tune_service.sharing import Sharing
 from tune_service.spec import ResourcesSpec, StudySpec
 
 
@@ -51,6 +52,10 @@ class Session(Protocol):
     def root(self) -> Path | None:
         """The folder that each rank finds a copy of as its working directory; None: it sees the folder itself."""
 
+    @property
+    def cards(self) -> Sequence[str]:
+        """GPUs of which each trial takes the one that fewest use; empty: Ray chooses, and fills one after the other."""
+
     def slots(self, usage: Usage) -> int:
         """How many trials the study may run at once by now."""
 
@@ -69,6 +74,9 @@ class Place(Protocol):
 
     def found_again(self, spec: StudySpec, folder: StudyHome) -> StudySpec:
         """The spec of a study that goes on, with the paths that what it came with has now."""
+
+    def sharing(self, spec: StudySpec) -> Sharing | None:
+        """What finds out how many trials share a GPU, where the spec leaves that open."""
 
     def prepare(self, spec: StudySpec) -> None:
         """Before anything imports Ray."""

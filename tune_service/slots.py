@@ -1,7 +1,8 @@
-"""How many trials a study runs at once, when that changes while it runs: a cluster grows, and studies share it."""
+"""How many trials a study runs at once, when that changes: a cluster grows, studies share it, trials share a GPU."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,17 @@ WAITS_S = 10.0
 class Slots:
     """The study's slots, and the worker groups that Tune keeps warm in them."""
 
-    def __init__(self, session: Session, num_running: Callable[[], int], wants: Callable[[], int]) -> None:
-        """`num_running`: trials that have a worker group; `wants`: trials that could run now."""
+    def __init__(
+        self,
+        session: Session,
+        num_running: Callable[[], int],
+        wants: Callable[[], int],
+        most: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        """`num_running`: trials that have a worker group; `wants`: trials that could run now; `most`: as many as may,
+        whatever room there is."""
         self._session = session
-        self._num_running, self._wants = num_running, wants
+        self._num_running, self._wants, self._most = num_running, wants, most
         self._cache: Any = None
         self._kind: Any = None
         self._width = 0
@@ -26,7 +34,7 @@ class Slots:
 
     def number(self) -> int:
         """How many trials may run at once."""
-        return self._session.slots(self._usage())
+        return int(min(self._session.slots(self._usage()), self._most()))
 
     def widen(self, cache: Any, kind: Any) -> None:
         """Takes charge of Tune's cache of idle actors of one kind. There is no public setting for its width.

@@ -78,15 +78,16 @@ def _check_batch_size(spec: StudySpec, draft: Draft) -> None:
 
 def _check_resources(spec: StudySpec, draft: Draft) -> None:
     resources = spec.resources
-    gpus = resources.gpus_per_worker
-    if not draft.sound("resources.gpus_per_worker", "resources.workers") or gpus.is_integer():
+    share = resources.gpu_share
+    if not draft.sound("resources.gpus_per_worker", "resources.workers") or share.is_integer():
         return
-    if gpus > 1:
+    if share > 1:
         rule = "a worker has whole GPUs, or a fraction of one"
-        draft.fault("resources.gpus_per_worker", rule, gpus, f"{int(gpus)}, or a fraction such as 0.5")
+        draft.fault("resources.gpus_per_worker", rule, share, f"{int(share)}, or a fraction such as 0.5")
     elif resources.workers > 1:
         rule = "only a trial of one worker shares a GPU: two ranks on one GPU cannot form a group"
-        draft.fault("resources.gpus_per_worker", rule, f"{gpus} with workers: {resources.workers}", "1, or workers: 1")
+        found = f"{resources.gpus_per_worker} with workers: {resources.workers}"
+        draft.fault("resources.gpus_per_worker", rule, found, "1, or workers: 1")
 
 
 def _check_sampler(spec: StudySpec, draft: Draft) -> None:

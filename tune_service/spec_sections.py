@@ -6,19 +6,23 @@ A StudySpec is checked: `load_spec` and `parse_spec` of `tune_service.spec` make
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_core import PydanticCustomError
 
-from search_spaces import RECIPES, SearchSpace, Value
+from search_spaces import RECIPES, Choice, Domain, IntUniform, SearchSpace, Value
 from trainables.config import DataConfig, FinetuneConfig, ModelConfig, Settings, TrainingConfig
 
 FINETUNE = "finetune"
 MODEL_PREFIX = "model.config."
 SAME_FOR_ALL_TRIALS = ("max_epochs", "seed", "precision", "compile")
+MOST_SHARING = 8
+"""The most trials that `gpus_per_worker: auto` puts on one GPU."""
 TUNABLE_FIELDS = tuple(name for name in TrainingConfig.model_fields if name not in SAME_FOR_ALL_TRIALS)
 
 
@@ -51,12 +55,32 @@ class BudgetSpec(Settings):
     """null: as many as fit."""
 
 
+def _number_or_auto(value: object) -> object:
+    """One fault for both kinds; of a union pydantic tells one for each."""
+    if value == "auto":
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return value
+    raise PydanticCustomError("number_or_auto", "a number of 0.0 or more, or auto")
+
+
 class ResourcesSpec(Settings):
     workers: PositiveInt = 1
     """Ranks of one trial."""
-    gpus_per_worker: NonNegativeFloat = 1.0
-    """0: gloo on CPU. A fraction shares a GPU between trials of one worker."""
+    gpus_per_worker: Annotated[NonNegativeFloat | Literal["auto"], BeforeValidator(_number_or_auto)] = 1.0
+    """0: gloo on CPU. A fraction shares a GPU between trials of one worker. auto: they share it too, and the study
+    finds out how many by memory and throughput; on this machine alone."""
     cpus_per_worker: PositiveFloat = 1.0
+
+    @property
+    def finds_share(self) -> bool:
+        """Whether the study finds out how many trials share a GPU."""
+        return self.gpus_per_worker == "auto"
+
+    @property
+    def gpu_share(self) -> float:
+        """How much of a GPU each worker asks Ray for; with `auto` so little that the study's own bound is narrower."""
+        return 1 / MOST_SHARING if self.gpus_per_worker == "auto" else self.gpus_per_worker
 
 
 class CheckpointSpec(Settings):
@@ -149,6 +173,15 @@ class StudySpec:
                 params[name] = values[0]
         return params
 
+    def largest_params(self) -> dict[str, Value]:
+        """Those of the first trial, with the largest batches and lengths of the search space."""
+        first, domains = self.first_params(), self.domains
+        params = {name: first.get(name, _smallest(domain)) for name, domain in domains.items()}
+        for name in ("batch_size", "micro_batch_size", "max_length"):
+            if self.is_finetune and name in domains:
+                params[name] = _largest(domains[name])
+        return params
+
     def trial_settings(self) -> FinetuneConfig:
         """What every trial of `finetune` starts from; `with_params` puts its sampled values in."""
         assert self.model is not None and self.data is not None and isinstance(self.training, TrainingConfig)
@@ -170,3 +203,16 @@ class StudySpec:
 
 KEYS = tuple(each.name for each in dataclasses.fields(StudySpec) if each.name != "folder")
 """The top-level keys of a spec, in the order of the contract."""
+
+
+def _smallest(domain: Domain) -> Value:
+    return domain.values[0] if isinstance(domain, Choice) else domain.low
+
+
+def _largest(domain: Domain) -> Value:
+    """Of a choice that has null, null: no limit."""
+    if isinstance(domain, IntUniform):
+        return domain.high
+    values = domain.grid() or ()
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return None if None in values else max(numbers)

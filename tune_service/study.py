@@ -143,7 +143,7 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
     place.prepare(spec)
     from tune_service.tuner import run_trials  # imports Ray, which reads the environment then
 
-    driver = Driver(spec, record, display.tell)
+    driver = Driver(spec, record, display.tell, place.sharing(spec))
 
     def tick() -> None:
         lease.sign_of_life()

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tune_service.cluster_room import not_for_clusters
 from tune_service.parcel import pack
 from tune_service.remote import QUEUE_S, RemoteStudies
 from tune_service.spec import dump_yaml, load_spec
@@ -20,7 +21,7 @@ def submit_study(
 
     What only the cluster knows (a name that is taken, what a node holds) is checked there, before anything is made.
     """
-    spec = load_spec(path, overrides, name, here=False)
+    spec = load_spec(path, overrides, name, here=False, also=not_for_clusters)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "study.zip"
         pack(spec, package)

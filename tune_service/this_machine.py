@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from tune_service.home import StudyHome
 from tune_service.local_ray import end_children, local_ray, prepare_environment
 from tune_service.machine import this_machine
 from tune_service.place import Usage
+from tune_service.sharing import Sharing
 from tune_service.spec import StudySpec, moved
 
 
@@ -27,13 +28,17 @@ class ThisMachine:
         came_with = None if spec.folder.is_dir() else folder.shipped()  # of a cluster, and in a bucket
         return spec if came_with is None else moved(spec, spec.folder, came_with)
 
+    def sharing(self, spec: StudySpec) -> Sharing | None:
+        return Sharing(self.room.gpus, self._concurrent(spec)) if spec.resources.finds_share else None
+
     def prepare(self, spec: StudySpec) -> None:
         prepare_environment(self._concurrent(spec))
 
     @contextmanager
     def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> Iterator[LocalSession]:
         with local_ray(self.room.cpus, self.room.gpus, spec.name, on_lost) as scratch:
-            yield LocalSession(scratch, self._concurrent(spec), self.room.cpus)
+            cards = self.room.cards if spec.resources.finds_share and self.room.gpus > 1 else ()
+            yield LocalSession(scratch, self._concurrent(spec), self.room.cpus, cards=cards)
 
     def end_all(self) -> None:
         end_children()
@@ -51,6 +56,7 @@ class LocalSession:
     cpus: int = 1
     supervisor_bundle: Mapping[str, float] = field(default_factory=dict)
     root: Path | None = None
+    cards: Sequence[str] = ()
 
     def slots(self, usage: Usage) -> int:
         # No more start at a time than there are cores: the first is at work while the last are on their way, and none

@@ -44,15 +44,17 @@ def run_trials(
     """
     resources = spec.resources
     bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        bundle["GPU"] = resources.gpus_per_worker
+    if resources.gpu_share:
+        bundle["GPU"] = resources.gpu_share
     with place.session(spec, on_lost) as session:
         # The first bundle is the supervisor's, which costs nothing; where it is empty, Tune leaves it out of the
         # placement group.
         first = dict(session.supervisor_bundle)
         bundles = tune.PlacementGroupFactory([first] + [dict(bundle) for _ in range(resources.workers)])
         scheduler = _StudyScheduler(driver)
-        slots = scheduler.slots = Slots(session, scheduler.num_running, lambda: driver.num_open)
+        slots = scheduler.slots = Slots(
+            session, scheduler.num_running, lambda: driver.num_open, lambda: driver.most_at_once
+        )
         config_of = partial(trial_config, spec, folder, lease, session)
         tuner = tune.Tuner(
             tune.with_resources(TrialSupervisor, bundles),
@@ -106,9 +108,10 @@ def trial_config(
         name=f"{spec.name} slot {slot}",
         workers=resources.workers,
         cpus_per_worker=resources.cpus_per_worker,
-        gpus_per_worker=resources.gpus_per_worker,
+        gpus_per_worker=resources.gpu_share,
         step_timeout_s=spec.faults.step_timeout_s,
         first_bundle=1 if session.supervisor_bundle else 0,
+        cards=tuple(session.cards),
     )
     return {"task": asdict(task), "group": asdict(shape)}
 

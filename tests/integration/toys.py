@@ -65,6 +65,21 @@ def _save_heavily(report: Report, folder: Path) -> None:
     report.save(folder)
 
 
+def crowded(context: Context) -> Iterator[Report]:
+    """As `steady`, on a GPU that takes as many trials as `gpu_takes` says: more at once are so slow that together they
+    get less done. Writes down which GPU it was given."""
+    folder = Path(context.params["notes"])
+    (folder / f"card-{context.params['x']}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    here = folder / f"trains-{context.params['x']}"
+    here.touch()
+    for report in steady(context):
+        over = len(list(folder.glob("trains-*"))) / context.params["gpu_takes"] - 1
+        time.sleep(2 * context.params["epoch_s"] * max(0.0, over))
+        if report.epoch == context.max_epochs:
+            here.unlink()
+        yield report
+
+
 def forgetful(context: Context) -> Iterator[Report]:
     """As `steady`, but never saves."""
     for report in steady(context):

@@ -1,0 +1,36 @@
+"""Which GPU a process takes, where several processes share each of several."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+TAKES = """
+import sys, pathlib, trainables.cards
+print(trainables.cards.take_card(["3", "GPU-5ab"], pathlib.Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+def taken(folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """A process that takes a GPU and lives until its input is closed; and the GPU."""
+    command = [sys.executable, "-c", TAKES, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_processes_take_gpus_in_turn_and_a_killed_ones_place_is_taken_next(tmp_path: Path) -> None:
+    found = [taken(tmp_path) for _ in range(5)]
+    try:
+        assert [card for _, card in found] == ["3", "GPU-5ab", "3", "GPU-5ab", "3"]
+        found[1][0].kill()
+        found[1][0].wait()
+        found.append(taken(tmp_path))
+        assert found[-1][1] == "GPU-5ab"
+        found.append(taken(tmp_path))
+        assert found[-1][1] == "GPU-5ab"
+    finally:
+        for process, _ in found:
+            process.communicate()
