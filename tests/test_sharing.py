@@ -122,7 +122,7 @@ def test_a_trial_that_is_smaller_than_others_may_be_says_what_those_take() -> No
     sharing.handed_out(0, of_largest=0.5)
     line = sharing.reported(0, 1, 1.0, memory_share=0.25)
     assert sharing.number == 1, "a largest one may take half, and two of those are more than nine tenths"
-    assert line == "1 trial has the GPU from now on, by what one takes of its memory: 25% at most"
+    assert line == "1 trial has the GPU from now on: the largest may take 50% of a GPU's memory"
     sharing.handed_out(1, of_largest=1.0)
     sharing.reported(1, 1, 2.0, memory_share=0.3)
     assert sharing.number == 2, "now it is known: three tenths"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from trainables.errors import text_of
 
-CONTEXT_BYTES = 512 * 1024**2
-"""What CUDA itself takes of a GPU for each process, about."""
+CUDA_BYTES = 512 * 1024**2
+"""About what CUDA takes of a GPU in each process, which torch does not count."""
 _COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 _WORDS = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
@@ -36,7 +36,7 @@ def gpu_memory_share() -> float:
     if torch is None or not torch.cuda.is_initialized():
         return 0.0
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return float((torch.cuda.max_memory_reserved() + CONTEXT_BYTES) / total)
+    return float((torch.cuda.max_memory_reserved() + CUDA_BYTES) / total)
 
 
 def num_oom_kills() -> int:

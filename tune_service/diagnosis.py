@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trainables.memory import CUDA_BYTES
 from trainables.stores import GIB
 from tune_service.check import Check
 from tune_service.cluster_room import NodeKind
@@ -17,8 +18,6 @@ from tune_service.spec import StudySpec
 
 FAILED = 1
 """The exit code of a check that failed for a reason that lies with the cluster; what lies with the spec has 2."""
-CUDA_BYTES = 0.5 * GIB
-"""About what CUDA takes of a GPU in each process, which torch does not count."""
 SERVERS = ("gcs_server", "raylet")
 """Programs of Ray's that live as long as their node."""
 TOKEN_ADVICE = "RAY_AUTH_MODE=token in every start command, as `cluster init` writes it; then `ray up` again"

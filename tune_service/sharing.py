@@ -74,8 +74,13 @@ class Sharing:
         """How many trials may run at once, on all GPUs together."""
         if not self._peak:
             return min(self._target, self._most)
-        each = max(1, math.floor(MEMORY_USED * self._of_largest / self._peak + 1e-9))
+        each = max(1, math.floor(MEMORY_USED / self._need + 1e-9))
         return min(self._target, self._most, each * self._num_gpus)
+
+    @property
+    def _need(self) -> float:
+        """Share of a GPU's memory of the largest trial there may be: at most, for weights do not grow with batches."""
+        return self._peak / self._of_largest
 
     def handed_out(self, trial: int, of_largest: float = 1.0) -> None:
         """`of_largest`: the trial's size, over that of the largest there may be."""
@@ -89,7 +94,7 @@ class Sharing:
         number = shared.number_when_well = self.number
         if number != before:
             self._lanes = {}
-            return f"{self._share(number)} from now on, by what one takes of its memory: {self._peak:.0%} at most"
+            return f"{self._share(number)} from now on: the largest may take {self._need:.0%} of a GPU's memory"
         return None if self._is_settled else self._measure(group, now_s)
 
     def lost(self, group: int) -> None:
