@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from trainables.stores import GIB
-from tune_service.driver import MAX_IN_VAIN, STOP_POLL_S, USER_STOP, Driver
+from tune_service.driver import STOP_POLL_S, USER_STOP, Driver
+from tune_service.failures import MAX_IN_VAIN
 from tune_service.record import Record, direction_of
 from tune_service.searcher import StudySampler
 from tune_service.sharing import Sharing

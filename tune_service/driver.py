@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from trainables.worker import START_DEADLINE_S
+from tune_service.failures import Failures, first_line
 from tune_service.kept import KeptCheckpoints, least_bytes
 from tune_service.record import AskedTrial, Record
 from tune_service.scheduler import Asha
@@ -26,8 +25,6 @@ OVERDUE_MARGIN_S = 30.0
 STOP_POLL_S = 0.5
 STANDSTILL_S = 10.0
 """A driver that polls as seldom as this was stopped, or its machine slept."""
-MAX_IN_VAIN = 10
-"""So many supervisors may be lost before one takes a trial; then it is that none can be started."""
 USER_STOP = "stopped by the user"
 
 
@@ -53,14 +50,11 @@ class Driver:
         if self._asha is not None:
             self._asha.refill(trials)
         self._due: dict[int, float] = {}
-        self._faults: Counter[int] = Counter()
-        """Failures of each trial under this driver. `restarts` of the record counts resumes too, which are no fault."""
-        self._failures: Counter[str] = Counter()
+        self._failures = Failures(spec.faults)
         self._values: dict[int, float] = {}
         """The objective in each trial's last report."""
         self._begun: set[int] = set()
         """Trials that their present supervisor has taken."""
-        self._in_vain: Counter[int] = Counter()
         self._stop: Mapping[str, Any] | None = None
         self.halted: str | None = None
         """Why the study cannot go on for now, through no fault of its trials."""
@@ -151,7 +145,7 @@ class Driver:
             reason = f"the trial's supervisor was lost: {why}"
             if self.stopping:
                 self._record.pause(number, reason)
-            elif self._may_restart(number) if number in self._begun else self._may_hand_on(number):
+            elif (self._failures.may_restart if number in self._begun else self._failures.may_hand_on)(number):
                 self._tell(f"trial {number}: {reason}; starting again")
                 self._record.pause(number, reason)
             else:
@@ -242,7 +236,7 @@ class Driver:
         """A rank failed. Whether the supervisor is to begin the trial again."""
         reason, fault = result["failure"], result.get("fault")
         if fault == "storage" and self.halted is None:
-            self.halted = _first_line(reason)
+            self.halted = first_line(reason)
             self._tell(f"ending for now: {self.halted}")
         if self.stopping:
             self._leave(number)
@@ -254,12 +248,12 @@ class Driver:
             return False
         if "micro_batch_size" in result:
             size = result["micro_batch_size"]
-            self._tell(f"trial {number}: {_first_line(reason)}; trying again with a micro batch of {size}")
+            self._tell(f"trial {number}: {first_line(reason)}; trying again with a micro batch of {size}")
             self._record.set_micro_batch_size(number, size)
             self._record.start(number)
             return True
         if fault == "budget" and len(self._kept.out) > 1:  # too many side by side; with fewer it may fit
-            self._tell(f"trial {number}: {_first_line(reason)}; it waits until fewer run")
+            self._tell(f"trial {number}: {first_line(reason)}; it waits until fewer run")
             self._record.pause(number, reason)
             self._leave(number)
             return False
@@ -267,10 +261,10 @@ class Driver:
             self._give_up(number, reason)
             self._leave(number)
             return False
-        if self._may_restart(number):
+        if self._failures.may_restart(number):
             epoch = self._kept.last_resumable(number)
             where = f"after epoch {epoch}" if epoch else "at epoch 1: it has no checkpoint to go on from"
-            self._tell(f"trial {number}: {_first_line(reason)}; starting again {where}")
+            self._tell(f"trial {number}: {first_line(reason)}; starting again {where}")
             self._record.start(number)
             return True
         self._give_up(number, reason)
@@ -287,24 +281,13 @@ class Driver:
             if line is not None:
                 self._tell(line)
 
-    def _may_restart(self, number: int) -> bool:
-        """Counts one more failure of a trial. Whether it is started again."""
-        self._faults[number] += 1
-        return self._faults[number] <= self._spec.faults.restarts_per_trial
-
-    def _may_hand_on(self, number: int) -> bool:
-        """A supervisor died before it took the trial: an idle one, most likely, and no fault of the trial's."""
-        self._in_vain[number] += 1
-        return self._in_vain[number] <= MAX_IN_VAIN
-
     def _give_up(self, number: int, reason: str) -> None:
         """Ends a trial as failed; the study too, when too many have failed alike."""
         self._record.fail(number, reason)
-        alike = re.sub(r"0x[0-9a-f]+|\d+", "#", _first_line(reason))
-        self._failures[alike] += 1
-        if self._failures[alike] >= self._spec.faults.same_error_limit:
-            self._record.set_failure(f"{self._failures[alike]} trials failed alike: {reason}")
-            self._tell(f"ending the study: {self._failures[alike]} trials failed alike: {_first_line(reason)}")
+        alike = self._failures.too_many_alike(reason)
+        if alike is not None:
+            self._record.set_failure(f"{alike} trials failed alike: {reason}")
+            self._tell(f"ending the study: {alike} trials failed alike: {first_line(reason)}")
 
     def _leave(self, number: int) -> None:
         """No supervisor holds the trial any more."""
@@ -328,7 +311,3 @@ def _asha(spec: StudySpec) -> Asha | None:
 
 def _finite(metrics: Mapping[str, float], name: str) -> bool:
     return math.isfinite(metrics.get(name, 0.0))
-
-
-def _first_line(reason: str) -> str:
-    return reason.splitlines()[0]
