@@ -21,6 +21,11 @@ def taken(folder: Path) -> tuple[subprocess.Popen[str], str]:
     return process, process.stdout.readline().strip()
 
 
+def taken_by(folder: Path, found: list[tuple[subprocess.Popen[str], str]]) -> str:
+    found.append(taken(folder))
+    return found[-1][1]
+
+
 def test_processes_take_gpus_in_turn_and_a_killed_ones_place_is_taken_next(tmp_path: Path) -> None:
     found = [taken(tmp_path) for _ in range(5)]
     try:
@@ -31,6 +36,11 @@ def test_processes_take_gpus_in_turn_and_a_killed_ones_place_is_taken_next(tmp_p
         assert found[-1][1] == "GPU-5ab"
         found.append(taken(tmp_path))
         assert found[-1][1] == "GPU-5ab"
+        for process, card in found:
+            if card == "3":
+                process.kill()
+                process.wait()
+        assert [taken_by(tmp_path, found) for _ in range(4)] == ["3", "3", "3", "3"], "three are on the other"
     finally:
         for process, _ in found:
             process.communicate()

@@ -54,7 +54,6 @@ def test_the_manifest_names_every_file_with_its_size_and_sha256(store: Checkpoin
         "trial": 3,
         "epoch": 2,
         "metrics": {"eval_accuracy": 0.5},
-        "resumable": True,
         "files": {
             "model/weights.safetensors": {"bytes": 5, "sha256": HELLO_SHA256},
             "progress.json": {
@@ -94,6 +93,8 @@ def test_a_trial_goes_on_from_no_checkpoint_that_holds_the_model_alone(store: Ch
     store.commit(0, 2, {}, resumable=False)
     assert store.epochs(0) == [1, 2] and store.is_whole(0, 2, deep=True)
     assert [store.resumable(0, epoch) for epoch in (1, 2, 3)] == [True, False, False]
+    formats = [json.loads((store.folder(0, epoch) / MANIFEST).read_text())["format"] for epoch in (1, 2)]
+    assert formats == [1, 2], "a version that knows of none passes over it"
     latest = store.latest(0)
     assert latest is not None and latest.epoch == 1
 
@@ -181,8 +182,8 @@ def test_a_manifest_that_is_not_ours_is_refused_with_its_folder(store: Checkpoin
 def test_a_manifest_of_another_format_is_refused_with_both_formats_named(store: CheckpointStore) -> None:
     write(store)
     manifest = store.folder(0, 1) / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
-    with pytest.raises(CheckpointError, match="format 2 is not 1"):
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 3}))
+    with pytest.raises(CheckpointError, match="format 3 is none that this version reads: 1 or 2"):
         Manifest.read(store.folder(0, 1))
     assert store.latest(0) is None
 

@@ -110,7 +110,7 @@ class HandDriven:
                 "epoch": epoch,
                 "metrics": list(metrics.items()),
                 "saves": num_bytes is not None and not is_last,
-                "could_save": num_bytes is not None and not is_last,
+                "owes": num_bytes is not None and not is_last,
                 "checkpoint_bytes": num_bytes if is_last else None,
                 "finished": is_last,
             }
@@ -128,7 +128,7 @@ class HandDriven:
 
     def saved(self, number: int, epoch: int, num_bytes: int, resumable: bool = True) -> bool:
         """The checkpoint of the last report is whole. Whether the trial goes on."""
-        result = {"number": number, "next_within_s": 60.0, "finished": False}
+        result = {"number": number, "next_within_s": 60.0, "finished": False, "owes": not resumable}
         return self.driver.result(result | {"saved": epoch, "checkpoint_bytes": num_bytes, "resumable": resumable})
 
     def finish(self, number: int) -> bool:
@@ -915,6 +915,43 @@ def test_a_running_trial_keeps_what_it_goes_on_from_and_the_model_of_its_best_ep
     assert study.record.folder.checkpoints.epochs(number) == [1, 2], "another driver keeps the same"
     study.report(number, 3, 0.7, num_bytes=30)
     assert study.record.folder.checkpoints.epochs(number) == [2, 3]
+
+
+@pytest.mark.parametrize("way", ["failed", "supervisor lost", "resumed"])
+def test_epochs_that_are_trained_again_count_with_their_new_values_alone(tmp_path: Path, way: str) -> None:
+    """On a GPU they come out a little different. The models of the first time must not hold the place of the best."""
+    study = HandDriven(tmp_path, scheduler={"name": "none"}, budget={"trials": 1})
+    number = study.begin()
+    for epoch, score, resumable in ((1, 0.5, True), (4, 0.860, False), (5, 0.862, False)):
+        study.report(number, epoch, score, num_bytes=10, resumable=resumable)
+    if way == "failed":
+        assert study.fail(number, "rank 0 died")
+    elif way == "supervisor lost":
+        study.driver.supervisor_lost(number, "killed")
+        study.begin()
+    else:
+        study.resume()
+        study.begin()
+    assert study.folder.checkpoints.epochs(number) == [1]
+    study.report(number, 4, 0.861, num_bytes=10, resumable=False)
+    study.report(number, 5, 0.859)
+    study.finish(number)
+    best = study.record.best()
+    assert best is not None and (best.epoch, best.value) == (4, 0.861)
+    assert study.folder.checkpoints.epochs(number) == [4]
+
+
+def test_a_stop_lets_a_trial_go_on_that_owes_a_whole_checkpoint(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    assert study.report(number, 1, 0.5, num_bytes=30)
+    assert study.report(number, 2, 0.6)
+    study.record.request_stop(False)
+    study.driver.poll()
+    study.commit(number, 2, 10, {"score": 0.6}, resumable=False)
+    assert study.saved(number, 2, 10, resumable=False), "a model alone, asked for just before the stop"
+    assert not study.report(number, 3, 0.7, num_bytes=30)
+    assert study.folder.checkpoints.epochs(number) == [3]
 
 
 def test_a_trial_that_starts_again_is_not_judged_twice_at_a_rung_that_it_has_passed(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class AnyOrder(RuleBasedStateMachine):
             "epoch": epoch,
             "metrics": [("score", score)],
             "saves": not saved,
-            "could_save": not saved,
+            "owes": not saved,
             "checkpoint_bytes": SIZE if saved else None,
             "finished": epoch >= EPOCHS,
         }

@@ -44,6 +44,11 @@ def test_room_is_left_for_the_next_checkpoint_of_each_trial_that_runs() -> None:
     assert to_delete(trials[:2], 1.0, budget_bytes=39, num_writers=2) == [(1, 1)], "a trial's first one needs room too"
 
 
+def test_room_is_left_for_a_whole_checkpoint_where_only_models_lie() -> None:
+    models = [kept(trial, 1, value=0.1 * trial) for trial in range(9)]
+    assert to_delete(models, 1.0, budget_bytes=100, num_writers=1, largest_bytes=30) == [(0, 1), (1, 1)]
+
+
 def test_a_stopped_trial_keeps_none_unless_it_is_the_best() -> None:
     trials = [kept(0, 3, stopped=True, value=0.9), kept(1, 1, stopped=True, value=0.8), kept(2, 9, value=0.7)]
     assert to_delete(trials, 1.0, budget_bytes=1000, num_writers=0) == [(1, 1)]

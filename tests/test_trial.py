@@ -123,16 +123,16 @@ def test_a_trial_is_ready_then_reports_then_saves_when_it_is_to_go_on(task: Task
     report = {
         "metrics": [("score", 0.0)],
         "saves": True,
-        "could_save": True,
+        "owes": True,
         "checkpoint_bytes": None,
         "finished": False,
         "memory_share": 0.0,
     }
     assert first == {"epoch": 1} | report
-    assert saved == {"saved": 1, "checkpoint_bytes": 112, "resumable": True, "finished": False}
+    assert saved == {"saved": 1, "owes": False, "checkpoint_bytes": 112, "resumable": True, "finished": False}
     assert last == {"epoch": 2} | report | {
         "saves": False,
-        "could_save": False,
+        "owes": False,
         "checkpoint_bytes": 112,
         "finished": True,
     }
@@ -212,9 +212,9 @@ def test_the_model_of_a_last_epoch_that_is_the_best_is_saved(task: Task) -> None
 
 
 def test_a_whole_checkpoint_is_due_when_ten_times_what_one_takes_have_passed(task: Task) -> None:
-    found = climbing(task, whole_s=100.0)
+    found = climbing(task, whole_s=40.0)
     assert saves(found, epochs=2) == {1: (10, False), 2: (10, False)}
-    found._whole_at -= 999.0
+    found._whole_at -= 399.0
     assert "saved" not in found.step() | found.step()
     found._whole_at -= 1.0
     assert saves(found, epochs=5) == {5: (21, True)}
@@ -225,7 +225,7 @@ def test_a_trial_that_is_to_be_left_saves_its_last_report_whole_after_all(task: 
     found = climbing(task, whole_s=100.0)
     saves(found, epochs=2)
     third = found.step()
-    assert (third["epoch"], third["saves"], third["could_save"]) == (3, False, True)
+    assert (third["epoch"], third["saves"], third["owes"]) == (3, False, True)
     found.save_whole()
     saved = found.step()
     assert (saved["saved"], saved["checkpoint_bytes"], saved["resumable"]) == (3, 21, True)
@@ -234,6 +234,24 @@ def test_a_trial_that_is_to_be_left_saves_its_last_report_whole_after_all(task: 
     best.step(), best.step()
     best.save_whole()
     assert best.step()["resumable"], "in the place of the model alone"
+
+
+def test_after_a_model_alone_a_whole_checkpoint_is_owed_and_comes_with_the_next_report(task: Task) -> None:
+    found = climbing(task, whole_s=100.0)
+    found.step(), found.step()
+    saved = found.step()
+    assert (saved["saved"], saved["resumable"], saved["owes"]) == (1, False, True)
+    found.save_whole()
+    assert found.step()["saves"]
+    saved = found.step()
+    assert (saved["saved"], saved["resumable"], saved["owes"]) == (2, True, False)
+
+
+def test_a_whole_checkpoint_is_due_after_ten_minutes_whatever_the_last_one_took(task: Task) -> None:
+    found = climbing(task, whole_s=1000.0)
+    saves(found, epochs=2)
+    found._whole_at -= 600.0
+    assert saves(found, epochs=3) == {3: (21, True)}
 
 
 def test_a_trainable_that_knows_no_model_alone_saves_best_epochs_whole(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 
@@ -15,11 +13,25 @@ def take_card(cards: Sequence[str], folder: Path) -> str:
 
     A lock file stands for each place on each GPU, for a lock ends with its process, however that ends.
     """
-    for place in count():
-        for number, card in enumerate(cards):
-            descriptor = os.open(folder / f"gpu-{number}-{place}", os.O_WRONLY | os.O_CREAT, 0o600)
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return card  # the descriptor stays open
-            os.close(descriptor)
-    raise AssertionError("count never ends")
+    with (folder / "gpus").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        places = [_places(folder, number) for number in range(len(cards))]
+        number = min(range(len(cards)), key=lambda number: places[number].count(False))
+        free = places[number].index(True) if True in places[number] else len(places[number])
+        descriptor = os.open(folder / f"gpu-{number}-{free}", os.O_WRONLY | os.O_CREAT, 0o600)  # never closed
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return cards[number]
+
+
+def _places(folder: Path, number: int) -> list[bool]:
+    """Of each place that there ever was on a GPU, whether it is free."""
+    return [_is_free(folder / f"gpu-{number}-{place}") for place in range(len(list(folder.glob(f"gpu-{number}-*"))))]
+
+
+def _is_free(path: Path) -> bool:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True

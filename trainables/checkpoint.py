@@ -22,7 +22,8 @@ from trainables.fault_points import fault_point
 from trainables.stores import Checkpoints
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT, MODEL_ALONE = 1, 2
+"""Of manifests. A version that knows nothing of models alone passes over them, and goes on from none."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,10 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in self.files.items()}
         return {
-            "format": FORMAT,
+            "format": FORMAT if self.resumable else MODEL_ALONE,
             "trial": self.trial,
             "epoch": self.epoch,
             "metrics": self.metrics,
-            "resumable": self.resumable,
             "files": files,
         }
 
@@ -67,16 +67,16 @@ class Manifest:
         """The manifest in the text of `where`'s. CheckpointError when it is not one of ours."""
         try:
             raw = json.loads(text)
-            if raw["format"] != FORMAT:
+            if raw["format"] not in (FORMAT, MODEL_ALONE):
                 raise CheckpointError(
-                    f"{where}: format {raw['format']} is not {FORMAT}, the one that this version reads"
+                    f"{where}: format {raw['format']} is none that this version reads: {FORMAT} or {MODEL_ALONE}"
                 )
             files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
             outside = sorted(name for name in files if not _is_inner(name))
             if outside:
                 raise CheckpointError(f"{where}: {MANIFEST} names a file that is not one of the folder: {outside[0]!r}")
             metrics = {str(name): None if value is None else float(value) for name, value in raw["metrics"].items()}
-            return Manifest(int(raw["trial"]), int(raw["epoch"]), metrics, files, raw.get("resumable", True) is True)
+            return Manifest(int(raw["trial"]), int(raw["epoch"]), metrics, files, raw["format"] == FORMAT)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{where}: no readable {MANIFEST}: {error}") from error
 

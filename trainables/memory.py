@@ -11,7 +11,10 @@ from trainables.errors import text_of
 CUDA_BYTES = 512 * 1024**2
 """About what CUDA takes of a GPU in each process, which torch does not count."""
 _COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
-_WORDS = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
+_WORDS = re.compile(
+    r"out of memory|can't allocate memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED", re.IGNORECASE
+)
+"""cuBLAS has words of its own, the last where a neighbour on the GPU left no room to begin in."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -33,8 +33,8 @@ class Checkpoints(ABC):
         self._budget_bytes = budget_bytes
         self._lease = lease
 
-    def check_room(self, trial: int) -> None:
-        """Before a checkpoint is written: is there room for one like those that there are?
+    def check_room(self, trial: int, least_bytes: int = 0) -> None:
+        """Before a checkpoint is written: is there room for one like those that there are, and for `least_bytes`?
 
         Raises OSError (ENOSPC) when the disk has none, CheckpointBudgetError when the study's budget has none.
         """
@@ -42,7 +42,7 @@ class Checkpoints(ABC):
         trials = {trial: self.epochs(trial)}
         if not trials[trial]:  # its first one: as large as the others'
             trials = self.kept()
-        expected = max((self.num_bytes(number, epoch) for number in trials for epoch in trials[number]), default=0)
+        expected = max([least_bytes, *(self.num_bytes(number, epoch) for number in trials for epoch in trials[number])])
         self._check_budget(expected)
         disk = self._disk()
         free = shutil.disk_usage(disk).free

@@ -30,6 +30,7 @@ from trainables.worker import (
     CHEAP_S,
     KEPT_FREE,
     LARGE_BYTES,
+    MOST_FREE_S,
     START_DEADLINE_S,
     RankReport,
     Task,
@@ -63,11 +64,11 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     it is asked to go on.
 
     A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `memory_share` (of its GPU, so far at most;
-    none in a report from before that is told again), `saves` (its checkpoint is the next result), `could_save` (it is
-    where `save_whole` is called), `checkpoint_bytes` (None: none was saved so far) and `finished`; or `saved`, an
-    epoch, with `checkpoint_bytes` and `resumable`; or `finished` alone; or `failure`, with `fault` (storage, budget,
-    memory) where the cause is known and `micro_batch_size` where it begins again with that; and always `number` and
-    `next_within_s`, the time until the next result is overdue.
+    none in a report from before that is told again), `saves` (its checkpoint is the next result), `owes` (a whole one
+    comes, now or with a later report, where `save_whole` is called), `checkpoint_bytes` (None: none was saved so far)
+    and `finished`; or `saved`, an epoch, with `owes`, `checkpoint_bytes` and `resumable`; or `finished` alone; or
+    `failure`, with `fault` (storage, budget, memory) where the cause is known and `micro_batch_size` where it begins
+    again with that; and always `number` and `next_within_s`, the time until the next result is overdue.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -79,6 +80,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         """Whether the study's trainable has been seen to save: the deadline of what comes next depends on it."""
         self._whole_s: float | None = None
         """What the last whole checkpoint took, of whichever trial; None: none that was large."""
+        self._whole_bytes = 0
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -91,7 +93,9 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._unsaved: RankReport | None = None
         """The last report, whose checkpoint is the next result."""
         self._skipped: RankReport | None = None
-        """The last report, which goes without."""
+        """The last report that could be saved, whether it is or not."""
+        self._owes = False
+        """Whether there is a report that could be saved and since which nothing whole was."""
         self._best: float | None = None
         """The best objective under this supervisor."""
         self._whole_at = time.monotonic()
@@ -114,7 +118,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         return result | {"number": self._task.number, "next_within_s": self._next_within_s()}
 
     def save_whole(self) -> None:
-        """The trial is to be left: the last report's checkpoint is the next result, whole, however long it takes."""
+        """The trial is to be left: its next checkpoint is whole, of the last report or else of the next that saves."""
         self._is_left = True
 
     def cleanup(self) -> None:
@@ -151,12 +155,13 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._unsaved = self._skipped = None
         if report is not None:
             manifest = self._save(self._group, report)
-            saved = {"saved": report.epoch, "checkpoint_bytes": manifest.num_bytes, "resumable": manifest.resumable}
-            return saved | {"finished": False}
+            saved = {"saved": report.epoch, "owes": self._owes, "checkpoint_bytes": manifest.num_bytes}
+            return saved | {"resumable": manifest.resumable, "finished": False}
         next_report = self._group.next_report()
         if next_report is None:
             return {"finished": True}
         self._saves = next_report.saves or self._saves
+        self._owes = next_report.saves or self._owes
         written: Manifest | None = None
         is_due = next_report.saves and self._is_due(next_report)
         if is_due and next_report.epoch >= self._task.max_epochs:  # nobody stops it any more
@@ -183,14 +188,14 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     @property
     def _whole_is_due(self) -> bool:
-        passed_s = time.monotonic() - self._whole_at
-        return self._is_cheap or self._is_left or passed_s >= KEPT_FREE * (self._whole_s or 0.0)
+        free_s = min(KEPT_FREE * (self._whole_s or 0.0), MOST_FREE_S)
+        return self._is_cheap or self._is_left or time.monotonic() - self._whole_at >= free_s
 
     def _save(self, group: WorkerGroup, report: RankReport) -> Manifest:
         number, epoch, began = self._task.number, report.epoch, time.monotonic()
         is_last = epoch >= self._task.max_epochs  # nobody goes on from there
         model_alone = report.saves_model and (is_last or not self._whole_is_due)
-        self._store.check_room(number)
+        self._store.check_room(number, 0 if model_alone else self._whole_bytes)
         try:
             group.save(self._store.stage(number, epoch), model_alone)
             if not (self._is_cheap or self._is_left or is_last):
@@ -199,10 +204,11 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         except Exception:
             self._store.discard(number, epoch)  # half a checkpoint takes the room that the record needs
             raise
-        self._deadline.saved(time.monotonic() - began)
-        if not model_alone:
-            self._whole_at = time.monotonic()
-            self._whole_s = self._whole_at - began if manifest.num_bytes >= LARGE_BYTES else None
+        if not model_alone:  # a model alone says little of how long a whole one takes
+            self._whole_at, self._owes = time.monotonic(), False
+            self._deadline.saved(self._whole_at - began)
+            self._whole_bytes = manifest.num_bytes
+            self._whole_s = self._whole_at - began if self._whole_bytes >= LARGE_BYTES else None
         return manifest
 
     def _begin(self) -> Manifest | None:
@@ -212,7 +218,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             folder = self._store.local(latest.trial, latest.epoch) if latest else None
             task = replace(self._task, logs=str(self._logs.folder()))
             self._begin_group(replace(task, resume_from=str(folder) if folder else None))
-        self._begun, self._best, self._whole_at = True, None, time.monotonic()
+        self._begun, self._owes, self._best, self._whole_at = True, False, None, time.monotonic()
         begins_after = latest.epoch if latest else 0
         self._stale = {epoch for epoch in self._store.epochs(self._task.number) if epoch > begins_after}
         return latest
@@ -240,7 +246,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             "epoch": epoch,
             "metrics": list(metrics.items()),
             "saves": self._unsaved is not None,
-            "could_save": self._skipped is not None,
+            "owes": self._owes,
             "checkpoint_bytes": manifest and manifest.num_bytes,
             "finished": epoch >= self._task.max_epochs,
         }

@@ -42,6 +42,8 @@ KEPT_FREE = 10.0
 """So at most a tenth of a trial's time goes into what only a crash would need, and a crash costs it no more than the
 running epoch and ten times what a checkpoint takes. (The optimum for a known rate of failures would be longer:
 J. W. Young, A first order approximation to the optimum checkpoint interval, CACM 17(9), 1974.)"""
+MOST_FREE_S = 600.0
+"""A whole checkpoint is due after this long in any case: the last one may have met a disk that stood still."""
 LOG_LINES = 20
 """Lines of a rank's log that go into the reason of a failure."""
 LOG_BYTES = 16_384

@@ -73,7 +73,7 @@ class Driver:
             return None
         asked = self._record.ask(self._distributions, self._plan)
         if asked is not None:
-            self._kept.hand_out(asked.number)
+            self._kept.hand_out(self._record.trial(asked.number))
             self._begun.discard(asked.number)
             if self._sharing is not None:
                 smaller = {"micro_batch_size": asked.micro_batch_size} if asked.micro_batch_size is not None else {}
@@ -129,8 +129,8 @@ class Driver:
             self._complete(number)
             goes_on = False
         elif goes_on and self.stopping:
-            # Stays without an end; the study's end puts it back in line, after the checkpoint of this report.
-            goes_on = result.get("could_save", False) and not self.stopping_now
+            # Stays without an end; the study's end puts it back in line, after a whole checkpoint where one is owed.
+            goes_on = result.get("owes", False) and not self.stopping_now
         if not goes_on:
             self._leave(number)
         return goes_on
@@ -250,6 +250,7 @@ class Driver:
             size = result["micro_batch_size"]
             self._tell(f"trial {number}: {first_line(reason)}; trying again with a micro batch of {size}")
             self._record.set_micro_batch_size(number, size)
+            self._kept.begins_again(self._record.trial(number))
             self._record.start(number)
             return True
         if fault == "budget" and len(self._kept.out) > 1:  # too many side by side; with fewer it may fit
@@ -262,6 +263,7 @@ class Driver:
             self._leave(number)
             return False
         if self._failures.may_restart(number):
+            self._kept.begins_again(self._record.trial(number))
             epoch = self._kept.last_resumable(number)
             where = f"after epoch {epoch}" if epoch else "at epoch 1: it has no checkpoint to go on from"
             self._tell(f"trial {number}: {first_line(reason)}; starting again {where}")

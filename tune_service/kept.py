@@ -60,7 +60,8 @@ class KeptCheckpoints:
         `least_bytes`: what one checkpoint takes at least, as far as that is known before there is one.
         """
         self._store, self._objective, self._budget_bytes = store, objective, budget_bytes
-        self._least_bytes = least_bytes
+        self._largest_bytes = least_bytes
+        """The largest checkpoint that there was, or must be expected."""
         self._trials: dict[int, _Trial] = {}
         self.out: set[int] = set()
         """Trials that were handed out and not left since: those that may be saving."""
@@ -75,12 +76,17 @@ class KeptCheckpoints:
 
     def _take_up(self, status: TrialStatus, end: TrialState | None, epochs: list[int]) -> None:
         trial = self._trials[status.number] = _Trial(end)
-        trial.sizes = {epoch: self._store.num_bytes(status.number, epoch) for epoch in epochs}
         if end is None:
             trial.resumable = {epoch for epoch in epochs if self._store.resumable(status.number, epoch)}
+            # What came after the one that it goes on from is trained again, and on a GPU comes out otherwise.
+            for epoch in [epoch for epoch in epochs if epoch > max(trial.resumable, default=0)]:
+                self._store.delete(status.number, epoch)
+                epochs = [each for each in epochs if each != epoch]
+        trial.sizes = {epoch: self._store.num_bytes(status.number, epoch) for epoch in epochs}
+        self._largest_bytes = max([self._largest_bytes, *trial.sizes.values()])
         for report in status.reports if end != "failed" else ():
             value = objective_value(report, self._objective)
-            if value is not None and (report.epoch in epochs or not epochs):
+            if value is not None and (report.epoch in trial.sizes or not trial.sizes):
                 trial.saw(value, report.epoch, self._objective)
 
     @property
@@ -93,21 +99,25 @@ class KeptCheckpoints:
 
         Each keeps its last checkpoint while it writes the next one, a waiting one its last; and the best stay.
         """
-        sizes = [num_bytes for trial in self._trials.values() for num_bytes in trial.sizes.values()]
         waiting = sum(
             trial.end is None and bool(trial.sizes) for number, trial in self._trials.items() if number not in self.out
         )
         needed = 2 * (len(self.out) + 1) + waiting + 2
-        return not self.out or needed * max([self._least_bytes, *sizes]) <= self._budget_bytes
+        return not self.out or needed * self._largest_bytes <= self._budget_bytes
 
     def has_value(self, number: int) -> bool:
         """Whether the trial has reported a finite objective."""
         return self._trials[number].best is not None
 
-    def hand_out(self, number: int) -> None:
-        self._trials.setdefault(number, _Trial())
-        self.out.add(number)
+    def hand_out(self, status: TrialStatus) -> None:
+        """The trial begins, or goes on."""
+        self.begins_again(status)
+        self.out.add(status.number)
         self._retain()  # one more writer needs room
+
+    def begins_again(self, status: TrialStatus) -> None:
+        """Looks anew at what a trial has to go on from: a supervisor may have been lost just after a checkpoint."""
+        self._take_up(status, None, self._store.epochs(status.number))
 
     def last_resumable(self, number: int) -> int | None:
         """The epoch after which the trial would go on; None: it would begin again."""
@@ -122,6 +132,7 @@ class KeptCheckpoints:
             trial.saw(value, epoch, self._objective)
         if num_bytes is not None:
             trial.sizes[epoch] = num_bytes
+            self._largest_bytes = max(self._largest_bytes, num_bytes)
             (trial.resumable.add if resumable else trial.resumable.discard)(epoch)
             self._retain()
 
@@ -150,7 +161,7 @@ class KeptCheckpoints:
             for epoch, num_bytes in trial.sizes.items()
         ]
         sign = 1.0 if self._objective.mode == "max" else -1.0
-        for number, epoch in to_delete(kept, sign, self._budget_bytes, len(self.out)):
+        for number, epoch in to_delete(kept, sign, self._budget_bytes, len(self.out), self._largest_bytes):
             del self._trials[number].sizes[epoch]
             self._trials[number].resumable.discard(epoch)
             self._store.delete(number, epoch)

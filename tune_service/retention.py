@@ -24,13 +24,15 @@ class Kept:
     """The trial's best objective, on the checkpoint of that epoch; None on every other."""
 
 
-def to_delete(kept: Sequence[Kept], sign: float, budget_bytes: int, num_writers: int) -> list[tuple[int, int]]:
+def to_delete(
+    kept: Sequence[Kept], sign: float, budget_bytes: int, num_writers: int, largest_bytes: int = 0
+) -> list[tuple[int, int]]:
     """(trial, epoch) of the checkpoints to delete, in that order. `sign` is 1 for maximising, -1 for minimising.
 
     A trial without an end keeps its last checkpoint and its best epoch's; a completed one its best epoch's; one that
-    was stopped none. When these and one more for each of the `num_writers` trials that may be saving take more than
-    the budget, the worst go first. The last ones of trials without an end, the best of all, and the best of those that
-    ended, always stay.
+    was stopped none. When these and one more for each of the `num_writers` trials that may be saving (as large as the
+    largest here, or `largest_bytes`: those here may be models alone) take more than the budget, the worst go first.
+    The last ones of trials without an end, the best of all, and the best of those that ended, always stay.
     """
 
     def quality(one: Kept) -> float:
@@ -45,7 +47,7 @@ def to_delete(kept: Sequence[Kept], sign: float, budget_bytes: int, num_writers:
     free = [one for one in kept if one not in best and not (one.open and one.last)]
     gone = [one for one in free if one.value is None or one.stopped]
     total = sum(one.num_bytes for one in kept) - sum(one.num_bytes for one in gone)
-    room = budget_bytes - num_writers * max((one.num_bytes for one in kept), default=0)
+    room = budget_bytes - num_writers * max([largest_bytes, *(one.num_bytes for one in kept)])
     for one in sorted((one for one in free if one not in gone), key=quality):
         if total <= room:
             break

@@ -65,6 +65,8 @@ class Sharing:
         self._of_largest = 0.0
         """Of the largest trial that has reported."""
         self._trials: dict[int, _Shared] = {}
+        self._most_before: dict[int, int] = {}
+        """Trial -> the bound before it ran out of memory for the first time."""
         self._warm: set[int] = set()
         """Worker groups that have finished an epoch."""
         self._lanes: dict[int, _Lane] = {}
@@ -94,7 +96,9 @@ class Sharing:
         number = shared.number_when_well = self.number
         if number != before:
             self._lanes = {}
-            return f"{self._share(number)} from now on: the largest may take {self._need:.0%} of a GPU's memory"
+            return (
+                f"{self._share(number)} from now on: the largest may take {min(1.0, self._need):.0%} of a GPU's memory"
+            )
         return None if self._is_settled else self._measure(group, now_s)
 
     def lost(self, group: int) -> None:
@@ -106,7 +110,9 @@ class Sharing:
         """The trial ran out of memory, and its group was `lost`. None: by itself; else it is to be tried again."""
         shared, number = self._trials[trial], self.number
         if max(shared.number_at_start, number) <= self._num_gpus:
+            self._most = self._most_before.pop(trial, self._most)  # it was this trial, not that there were others
             return None
+        self._most_before.setdefault(trial, self._most)
         if shared.number_when_well <= number:  # else that was done since for another, which ran out at the same time
             self._most = max(1, min(self._most, self._num_gpus * max(1, math.ceil(number / self._num_gpus) - 1)))
         return f"{self._share(self.number)} from now on: trial {trial} ran out of memory and is tried again"

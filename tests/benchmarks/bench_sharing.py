@@ -27,8 +27,8 @@ from machine import has_gpu, show
 
 WARM_EPOCHS = 3
 """A step of each width has been captured by then."""
-MOST_EPOCHS = 100
-"""More than are run, and too few for compiling to pay."""
+MOST_EPOCHS = 150
+"""Too few for compiling to pay."""
 
 
 def trial(epochs: int) -> None:
@@ -112,6 +112,8 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=["turns", "mps"], nargs="+", default=["turns", "mps"])
     parser.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if WARM_EPOCHS + options.epochs * options.trials.bit_length() > MOST_EPOCHS:
+        parser.error(f"--epochs is at most {(MOST_EPOCHS - WARM_EPOCHS) // options.trials.bit_length()}")
     if options.trial:
         trial(options.epochs)
     elif not has_gpu():

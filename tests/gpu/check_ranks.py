@@ -76,8 +76,8 @@ def check_curves(folder: Path) -> None:
         pairs = [(a, b) for row, other in zip(found, expected, strict=True) for a, b in zip(row, other, strict=True)]
         worst = max(abs(a - b) / b for a, b in pairs)
         check(f"{metric} of two ranks as of one", worst <= tolerance, worst=worst, found=found, expected=expected)
-    check(
-        "epochs", True, one=curves(one, "epoch_s"), two=curves(two, "epoch_s"), seconds=[one["seconds"], two["seconds"]]
+    print(
+        json.dumps({"epoch_s": {"one rank": curves(one, "epoch_s"), "two ranks": curves(two, "epoch_s")}}), flush=True
     )
 
 
