@@ -79,9 +79,10 @@ class KeptCheckpoints:
         if end is None:
             trial.resumable = {epoch for epoch in epochs if self._store.resumable(status.number, epoch)}
             # What came after the one that it goes on from is trained again, and on a GPU comes out otherwise.
-            for epoch in [epoch for epoch in epochs if epoch > max(trial.resumable, default=0)]:
+            doomed = [epoch for epoch in epochs if epoch > max(trial.resumable, default=0)]
+            for epoch in doomed:
                 self._store.delete(status.number, epoch)
-                epochs = [each for each in epochs if each != epoch]
+            epochs = [epoch for epoch in epochs if epoch not in doomed]
         trial.sizes = {epoch: self._store.num_bytes(status.number, epoch) for epoch in epochs}
         self._largest_bytes = max([self._largest_bytes, *trial.sizes.values()])
         for report in status.reports if end != "failed" else ():
