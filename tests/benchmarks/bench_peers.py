@@ -44,9 +44,8 @@ CONTENDERS = {
     "tune-best": [str(HERE / "peers_tune.py"), "best", "STUDY"],
     "optuna": [str(HERE / "peers_optuna.py"), "STUDY"],
 }
-NOISE = {"accuracy": 0.03, "eval_loss": 0.05, "train_loss": 0.1}
-"""How far a contender's mean over the trials may be from the product's. The rows come in another order; and under its
-best settings the Trainer's batches go from long rows to short ones, which shows in the loss while it trains."""
+NOISE = {"accuracy": 0.03, "eval_loss": 0.05, "train_loss": 0.05}
+"""How far a contender's mean over the trials may be from the product's: the rows come in another order."""
 
 
 def run(name: str, study: Study, log: Path) -> tuple[dict[str, Any], list[Ran]]:
