@@ -21,7 +21,7 @@ import ray
 from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
 from trainables.worker import START_DEADLINE_S, RankReport, Task
 from trainables.worker_group import InProcessWorkerGroup, RayWorkerGroup, StepDeadline, WorkerGroup
-from tune_service.local_ray import local_ray
+from tune_service.local_ray import local_ray, scratch_folder
 
 pytestmark = pytest.mark.usefixtures("as_a_rank")
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("as_a_rank")
 def cluster() -> Iterator[None]:
     """A Ray of this module's own, which must leave nothing behind."""
     others = set(psutil.Process().children(recursive=True))  # of tests before: they are left alone
-    with local_ray(cpus=2, gpus=0, namespace="contract", on_lost=pytest.fail) as scratch:
+    with scratch_folder() as scratch, local_ray(scratch, cpus=2, gpus=0, namespace="contract", on_lost=pytest.fail):
         processes = set(psutil.Process().children(recursive=True)) - others
         assert processes
         yield

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,20 +25,11 @@ if os.environ.get("TUNE_SERVICE_DEVICE") == "cpu":
     # ColossalAI takes CUDA whenever it sees it, and its import opens a context there.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+if TYPE_CHECKING:
     from colossalai.booster import Booster
-    from colossalai.booster.plugin import TorchDDPPlugin
-    from colossalai.logging import disable_existing_loggers
-
-disable_existing_loggers()
-logging.getLogger("colossalai").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
 
 GROUP_TIMEOUT = timedelta(minutes=15)
 """The last resort for a rank whose peer is stuck. The supervisor's step deadline is shorter and kills both."""
-
-
 BOOST_ONE_RANK = False
 """Whether one rank alone is boosted too, for measurements."""
 DDP_TIMED_STEPS = 10
@@ -91,6 +82,21 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def _booster() -> Booster:
+    """Imported when it is needed: that takes as long as all other imports of a rank together."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from colossalai.booster import Booster
+        from colossalai.booster.plugin import TorchDDPPlugin
+        from colossalai.logging import disable_existing_loggers
+
+    disable_existing_loggers()
+    logging.getLogger("colossalai").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    # Buffers are constants in these models.
+    return Booster(plugin=TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True))
+
+
 class Parallel:
     """A model and its optimizer, boosted by TorchDDPPlugin over the process group that `launch` joined.
 
@@ -106,9 +112,7 @@ class Parallel:
         self.num_eager_steps = 0
         """Steps to run before one is captured."""
         if self.world_size > 1 or BOOST_ONE_RANK:
-            # Buffers are constants in these models.
-            plugin = TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
-            self._booster = Booster(plugin=plugin)
+            self._booster = _booster()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.model, self._optimizer, *_ = self._booster.boost(model, optimizer)

@@ -57,8 +57,34 @@ def prepare_environment(concurrent: int) -> None:
 
 
 @contextmanager
-def local_ray(cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], None]) -> Iterator[Path]:
-    """Starts Ray; yields a scratch folder. At the end every process that it started is gone.
+def scratch_folder() -> Iterator[Path]:
+    """A new folder, for this user and this study alone. Processes that are started within know it by SCRATCH.
+
+    Removes those whose owner was killed, and ends what is left of its processes: nobody holds their lock.
+    """
+    root = Path(_scratch_root())
+    for lock in root.glob("tune-*/.lock"):
+        with contextlib.suppress(OSError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end_processes_of(lock.parent)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
+    unlocked = scratch / ".lock.new"
+    descriptor = os.open(unlocked, os.O_WRONLY | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    unlocked.rename(scratch / ".lock")
+    os.environ[SCRATCH] = str(scratch)
+    try:
+        yield scratch
+    finally:
+        with undisturbed():
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(descriptor)
+
+
+@contextmanager
+def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], None]) -> Iterator[None]:
+    """Starts Ray, with its files in `scratch`. At the end every process that it started is gone.
 
     `on_lost` is called, in a thread, with what is wrong when Ray itself has died or hangs: whatever the caller waits
     for then, it waits a minute for and is ended by Ray, without a word.
@@ -67,7 +93,6 @@ def local_ray(cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], Non
 
     _adopt_orphans()
     others = set(psutil.Process().children(recursive=True))
-    scratch, lock = _make_scratch(Path(_scratch_root()))
     try:
         with own_answer_to_sigterm():
             ray.init(
@@ -81,7 +106,7 @@ def local_ray(cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], Non
                 _temp_dir=str(scratch),
             )
         with _watched(on_lost):
-            yield scratch
+            yield
     finally:
         with undisturbed():
             processes = set(psutil.Process().children(recursive=True)) - others
@@ -90,24 +115,6 @@ def local_ray(cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], Non
             for process in alive:
                 process.kill()
             psutil.wait_procs(alive, timeout=5)
-            shutil.rmtree(scratch, ignore_errors=True)
-            os.close(lock)
-
-
-def _make_scratch(root: Path) -> tuple[Path, int]:
-    """A new folder, and the descriptor of its lock file. Removes those whose owner was killed: nobody locks them."""
-    for lock in root.glob("tune-*/.lock"):
-        with contextlib.suppress(OSError), lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _end_processes_of(lock.parent)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
-    unlocked = scratch / ".lock.new"
-    descriptor = os.open(unlocked, os.O_WRONLY | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    unlocked.rename(scratch / ".lock")
-    os.environ[SCRATCH] = str(scratch)
-    return scratch, descriptor
 
 
 def _end_processes_of(scratch: Path) -> None:

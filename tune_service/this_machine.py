@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tune_service.home import StudyHome
-from tune_service.local_ray import end_children, local_ray, prepare_environment
+from tune_service.local_ray import end_children, local_ray, prepare_environment, scratch_folder
 from tune_service.machine import this_machine
+from tune_service.mps import multi_process_service
 from tune_service.place import Usage
 from tune_service.sharing import Sharing
 from tune_service.spec import StudySpec, moved
@@ -36,9 +37,13 @@ class ThisMachine:
 
     @contextmanager
     def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> Iterator[LocalSession]:
-        with local_ray(self.room.cpus, self.room.gpus, spec.name, on_lost) as scratch:
-            cards = self.room.cards if spec.resources.finds_share and self.room.gpus > 1 else ()
-            yield LocalSession(scratch, self._concurrent(spec), self.room.cpus, cards=cards)
+        concurrent = self._concurrent(spec)
+        cards = self.room.cards if spec.resources.finds_share and self.room.gpus > 1 else ()
+        shares = spec.resources.gpu_share > 0 and concurrent > self.room.gpus
+        with scratch_folder() as scratch, ExitStack() as services:
+            turns = services.enter_context(multi_process_service(scratch / "mps")) if shares else None
+            services.enter_context(local_ray(scratch, self.room.cpus, self.room.gpus, spec.name, on_lost))
+            yield LocalSession(scratch, concurrent, self.room.cpus, cards=cards, turns=turns)
 
     def end_all(self) -> None:
         end_children()
@@ -57,6 +62,8 @@ class LocalSession:
     supervisor_bundle: Mapping[str, float] = field(default_factory=dict)
     root: Path | None = None
     cards: Sequence[str] = ()
+    turns: str | None = None
+    """Why trials that share a GPU take turns on it, if they do."""
 
     def slots(self, usage: Usage) -> int:
         # No more start at a time than there are cores: the first is at work while the last are on their way, and none
@@ -64,4 +71,4 @@ class LocalSession:
         return min(self.concurrent, usage.running + self.cpus)
 
     def notice(self, waits: bool) -> str | None:
-        return None
+        return None if self.turns is None else f"trials that share a GPU take turns: {self.turns}"

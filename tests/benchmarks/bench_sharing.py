@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from bench_finetune_gpu import settings
@@ -102,7 +101,6 @@ def multi_process_service() -> Iterator[None]:
             server.wait(timeout=60)
             for name in own:
                 del os.environ[name]
-            print((Path(folder) / "control.log").read_text()[-2000:], file=sys.stderr)
 
 
 if __name__ == "__main__":

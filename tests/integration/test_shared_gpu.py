@@ -47,6 +47,7 @@ def test_a_study_settles_at_as_many_trials_as_the_gpu_takes(program: Program) ->
     pretend_gpus(program, 1)
     found = program.run("run", crowded(program, "one-gpu"))
     assert found.code == 0, found.err
+    assert "trials that share a GPU take turns: nvidia-cuda-mps-control, which would" in found.out
     assert "2 trials share the GPU: " in found.out and "; trying 4" in found.out
     assert "epochs/s, with 4 it was " in found.out, found.out
     at_once = most_at_once(read_notes(program.notes("one-gpu")))
