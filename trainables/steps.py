@@ -21,6 +21,9 @@ from trainables.errors import ModelError, Problem
 from trainables.optimizer import AdamW
 from trainables.parallel import Parallel
 
+SHORT_ROWS = 128
+"""Tokens. In rows no longer than that cuDNN's attention takes 1.4 times as long as torch's own (H200, 64 tokens)."""
+
 
 class DeviceRows:
     """A tokenised split on the device, from which a batch is cut there."""
@@ -130,6 +133,7 @@ class Steps:
 
         Returns this rank's (loss sum, correct rows), on the device: the host has not waited for it.
         """
+        torch.backends.cuda.enable_cudnn_sdp(self._max_length > SHORT_ROWS)
         shares = [self._share(batch) for batch in batches]
         ends = np.cumsum([len(rows) for rows, _ in shares])
         # One transfer for the epoch.

@@ -3,7 +3,8 @@
     TUNE_SERVICE_TEST_DATA=DATA TUNE_SERVICE_TEST_MODELS=MODELS python tests/gpu/run_studies.py OUT [STUDY ...]
 
 DATA holds glue/mrpc/{train,validation}.parquet and gpt2-tokenizer; MODELS holds the folders minilm and smollm2. `gpt2`
-(124M, random weights: 64 trials of at most 9 epochs) and `oom` (a batch that no card holds) need no MODELS.
+(124M, random weights: 64 trials of at most 9 epochs), `gpt2-32` (the same, with a batch of 32 for all) and `oom` (a
+batch that no card holds) need no MODELS.
 """
 
 from __future__ import annotations
@@ -26,7 +27,19 @@ STUDIES: dict[str, dict[str, Any]] = {
         "search_space": "gpt2",
         "budget": {"trials": 64},
         "checkpoints": {"budget_gib": 40},
-        "resources": {"workers": 1, "gpus_per_worker": 0.5, "cpus_per_worker": 2},
+        "resources": {"workers": 1, "gpus_per_worker": 0.25, "cpus_per_worker": 2},
+    },
+    "gpt2-32": {
+        "model": GPT2,
+        "training": {"max_epochs": 9, "batch_size": 32},
+        "search_space": {
+            "learning_rate": {"log_uniform": [1e-5, 2e-4]},
+            "weight_decay": {"uniform": [0.0, 0.1]},
+            "warmup_fraction": {"uniform": [0.0, 0.1]},
+        },
+        "budget": {"trials": 64},
+        "checkpoints": {"budget_gib": 40},
+        "resources": {"workers": 1, "gpus_per_worker": 0.25, "cpus_per_worker": 2},
     },
     "oom": {
         "model": GPT2,
