@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,3 +125,14 @@ def test_a_storage_is_opened_without_pyarrow(module: str) -> None:
     code = f"import sys, {module}; print('pyarrow' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize(("world_size", "is_imported"), [(1, False), (2, True)])
+def test_colossalai_is_imported_at_the_start_of_two_ranks_or_more(world_size: int, is_imported: bool) -> None:
+    """A rank alone has no use for it, and every cold start would wait for it."""
+    code = "import sys, trainables.finetune, trainables.probe; print('colossalai' in sys.modules)"
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "TUNE_SERVICE_DEVICE": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == [str(is_imported)]

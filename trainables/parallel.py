@@ -27,6 +27,26 @@ if os.environ.get("TUNE_SERVICE_DEVICE") == "cpu":
 
 if TYPE_CHECKING:
     from colossalai.booster import Booster
+    from colossalai.booster.plugin import TorchDDPPlugin
+
+
+def _colossalai() -> tuple[type[Booster], type[TorchDDPPlugin]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from colossalai.booster import Booster
+        from colossalai.booster.plugin import TorchDDPPlugin
+        from colossalai.logging import disable_existing_loggers
+
+    disable_existing_loggers()
+    logging.getLogger("colossalai").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    return Booster, TorchDDPPlugin
+
+
+if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    # A rank alone does without: the import takes seconds. Where there are more it is a part of the cold start, which
+    # has a deadline of its own, and sets variables that CUDA reads once.
+    _colossalai()
 
 GROUP_TIMEOUT = timedelta(minutes=15)
 """The last resort for a rank whose peer is stuck. The supervisor's step deadline is shorter and kills both."""
@@ -82,21 +102,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _booster() -> Booster:
-    """Imported when it is needed: that takes as long as all other imports of a rank together."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from colossalai.booster import Booster
-        from colossalai.booster.plugin import TorchDDPPlugin
-        from colossalai.logging import disable_existing_loggers
-
-    disable_existing_loggers()
-    logging.getLogger("colossalai").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    # Buffers are constants in these models.
-    return Booster(plugin=TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True))
-
-
 class Parallel:
     """A model and its optimizer, boosted by TorchDDPPlugin over the process group that `launch` joined.
 
@@ -112,7 +117,9 @@ class Parallel:
         self.num_eager_steps = 0
         """Steps to run before one is captured."""
         if self.world_size > 1 or BOOST_ONE_RANK:
-            self._booster = _booster()
+            booster, plugin = _colossalai()
+            # Buffers are constants in these models.
+            self._booster = booster(plugin=plugin(broadcast_buffers=False, gradient_as_bucket_view=True))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.model, self._optimizer, *_ = self._booster.boost(model, optimizer)

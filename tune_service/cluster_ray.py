@@ -152,6 +152,9 @@ class ClusterSession:
             self._notice = "; ".join(sentences) or None
         return self._notice
 
+    def failed(self, reason: str) -> None:
+        """Nothing: nodes that were lost are looked for in any case."""
+
     def _losses(self, now: float) -> list[str]:
         """Nodes that went away while the study ran."""
         for node in _nodes():

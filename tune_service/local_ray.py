@@ -62,6 +62,7 @@ def scratch_folder() -> Iterator[Path]:
 
     Removes those whose owner was killed, and ends what is left of its processes: nobody holds their lock.
     """
+    _adopt_orphans()
     root = Path(_scratch_root())
     for lock in root.glob("tune-*/.lock"):
         with contextlib.suppress(OSError), lock.open() as file:
@@ -91,7 +92,6 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
     """
     import ray
 
-    _adopt_orphans()
     others = set(psutil.Process().children(recursive=True))
     try:
         with own_answer_to_sigterm():

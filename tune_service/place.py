@@ -62,6 +62,9 @@ class Session(Protocol):
     def notice(self, waits: bool) -> str | None:
         """What people should know of the place, above all why trials wait when they do; None: nothing to say."""
 
+    def failed(self, reason: str) -> None:
+        """A trial failed: the place may have a part in it."""
+
 
 class Place(Protocol):
     """Somewhere a study can run."""

@@ -66,6 +66,10 @@ class Slots:
             self._waits_since = now
         return self._session.notice(self._waits_since is not None and now - self._waits_since > WAITS_S)
 
+    def failed(self, reason: str) -> None:
+        """A trial failed."""
+        self._session.failed(reason)
+
     def _usage(self) -> Usage:
         idle = self._cache.num_cached_objects if self._cache is not None else 0
         return Usage(running=self._num_running() + idle, wants=self._wants())

@@ -10,7 +10,7 @@ from pathlib import Path
 from tune_service.home import StudyHome
 from tune_service.local_ray import end_children, local_ray, prepare_environment, scratch_folder
 from tune_service.machine import this_machine
-from tune_service.mps import multi_process_service
+from tune_service.mps import SideBySide, side_by_side
 from tune_service.place import Usage
 from tune_service.sharing import Sharing
 from tune_service.spec import StudySpec, moved
@@ -37,13 +37,20 @@ class ThisMachine:
 
     @contextmanager
     def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> Iterator[LocalSession]:
-        concurrent = self._concurrent(spec)
-        cards = self.room.cards if spec.resources.finds_share and self.room.gpus > 1 else ()
-        shares = spec.resources.gpu_share > 0 and concurrent > self.room.gpus
+        concurrent, cards = self._concurrent(spec), self._cards(spec)
         with scratch_folder() as scratch, ExitStack() as services:
-            turns = services.enter_context(multi_process_service(scratch / "mps")) if shares else None
+            shared = None
+            if self.some_share_a_gpu(spec):
+                shared = services.enter_context(side_by_side(scratch / "mps", self.room.cards, concurrent))
             services.enter_context(local_ray(scratch, self.room.cpus, self.room.gpus, spec.name, on_lost))
-            yield LocalSession(scratch, concurrent, self.room.cpus, cards=cards, turns=turns)
+            yield LocalSession(scratch, concurrent, self.room.cpus, cards=cards, shared=shared)
+
+    def some_share_a_gpu(self, spec: StudySpec) -> bool:
+        """Whether two trials may run on one GPU. Where no cards are named Ray fills one GPU before it begins the next."""
+        return 0 < spec.resources.gpu_share < 1 and self._concurrent(spec) > (len(self._cards(spec)) or 1)
+
+    def _cards(self, spec: StudySpec) -> tuple[str, ...]:
+        return self.room.cards if spec.resources.finds_share and self.room.gpus > 1 else ()
 
     def end_all(self) -> None:
         end_children()
@@ -62,8 +69,8 @@ class LocalSession:
     supervisor_bundle: Mapping[str, float] = field(default_factory=dict)
     root: Path | None = None
     cards: Sequence[str] = ()
-    turns: str | None = None
-    """Why trials that share a GPU take turns on it, if they do."""
+    shared: SideBySide | None = None
+    """None: no two trials share a GPU."""
 
     def slots(self, usage: Usage) -> int:
         # No more start at a time than there are cores: the first is at work while the last are on their way, and none
@@ -71,4 +78,9 @@ class LocalSession:
         return min(self.concurrent, usage.running + self.cpus)
 
     def notice(self, waits: bool) -> str | None:
-        return None if self.turns is None else f"trials that share a GPU take turns: {self.turns}"
+        why_not = None if self.shared is None else self.shared.why_not
+        return None if why_not is None else f"trials that share a GPU take turns: {why_not}"
+
+    def failed(self, reason: str) -> None:
+        if self.shared is not None:
+            self.shared.failed(reason)

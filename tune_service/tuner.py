@@ -186,6 +186,8 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
         self.slots.widen(tune_controller._actor_cache, trial.placement_group_factory)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if "failure" in result:
+            self.slots.failed(result["failure"])
         goes_on = self._driver.result(result)
         if goes_on and self._driver.stopping:
             trial.temporary_state.ray_actor.save_whole.remote()  # comes before the step that Tune asks for next

@@ -13,13 +13,16 @@ pytestmark = pytest.mark.slow
 
 
 def pretend_gpus(program: Program, number: int) -> None:
-    """From here on this machine has so many GPUs, by the only program that is asked."""
+    """From here on this machine has so many GPUs, by the only program that is asked; on which trials take turns."""
     folder = program.folder / "bin"
     folder.mkdir(exist_ok=True)
     tool = folder / "nvidia-smi"
     lines = "".join(f"GPU {each}: Fake (UUID: GPU-{each}{each}{each})\\n" for each in range(number))
     tool.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
     tool.chmod(0o755)
+    service = folder / "nvidia-cuda-mps-control"
+    service.write_text("#!/bin/sh\nexit 3\n")
+    service.chmod(0o755)
     program.environment |= {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -47,7 +50,7 @@ def test_a_study_settles_at_as_many_trials_as_the_gpu_takes(program: Program) ->
     pretend_gpus(program, 1)
     found = program.run("run", crowded(program, "one-gpu"))
     assert found.code == 0, found.err
-    assert "trials that share a GPU take turns: nvidia-cuda-mps-control, which would" in found.out
+    assert "trials that share a GPU take turns: nvidia-cuda-mps-control ended with 3" in found.out
     assert "2 trials share the GPU: " in found.out and "; trying 4" in found.out
     assert "epochs/s, with 4 it was " in found.out, found.out
     at_once = most_at_once(read_notes(program.notes("one-gpu")))
