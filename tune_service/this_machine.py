@@ -46,7 +46,7 @@ class ThisMachine:
             yield LocalSession(scratch, concurrent, self.room.cpus, cards=cards, shared=shared)
 
     def some_share_a_gpu(self, spec: StudySpec) -> bool:
-        """Whether two trials may run on one GPU. Where no cards are named Ray fills one GPU before it begins the next."""
+        """Whether two trials may run on one GPU. Ray, where it is left to it, fills one before it begins the next."""
         return 0 < spec.resources.gpu_share < 1 and self._concurrent(spec) > (len(self._cards(spec)) or 1)
 
     def _cards(self, spec: StudySpec) -> tuple[str, ...]:
