@@ -158,6 +158,8 @@ def _trouble(server: subprocess.Popen[bytes], folder: Path, cards: Sequence[str]
 def _end(server: subprocess.Popen[bytes]) -> None:
     """Ends the server and what it started, which serves the GPUs; returns when they are gone."""
     with undisturbed():
+        if server.poll() is not None:  # its number may be another's by now
+            return
         processes = []
         with suppress(psutil.Error):
             processes = psutil.Process(server.pid).children(recursive=True)
