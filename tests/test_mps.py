@@ -123,6 +123,12 @@ def test_a_server_that_does_not_start_leaves_trials_taking_turns(control: Path, 
         assert PIPES not in os.environ
 
 
+def test_a_program_that_cannot_be_run_leaves_trials_taking_turns(control: Path, tmp_path: Path) -> None:
+    control.write_bytes(b"\x7fELF of another machine")
+    with side_by_side(tmp_path / "mps", ["0"], 4) as shared:
+        assert shared.why_not == f"{CONTROL} cannot be run: Exec format error"
+
+
 def test_a_server_that_is_never_ready_leaves_trials_taking_turns(
     control: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

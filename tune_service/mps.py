@@ -76,9 +76,7 @@ class SideBySide:
 def side_by_side(folder: Path, cards: Sequence[str], most: int) -> Iterator[SideBySide]:
     """Starts the server for all processes that are started within, each on one of `cards` by CUDA_VISIBLE_DEVICES.
 
-    `most`: trials at once.
-
-    `folder` is made, for this user alone. A server that the environment names is used as it is.
+    `most`: trials at once. `folder` is made, for this user alone. A server that the environment names is used as it is.
     """
     if PIPES in os.environ:
         yield SideBySide(None)
@@ -97,15 +95,19 @@ def side_by_side(folder: Path, cards: Sequence[str], most: int) -> Iterator[Side
     before = {name: os.environ.get(name) for name in own}
     # It sees every GPU, as the ranks do whose CUDA_VISIBLE_DEVICES says which one is theirs.
     every_gpu = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    server = subprocess.Popen(
-        [CONTROL, "-f"],
-        env=every_gpu | own,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is not for it: its clients end first
-        preexec_fn=_end_with_parent,
-    )
+    try:
+        server = subprocess.Popen(
+            [CONTROL, "-f"],
+            env=every_gpu | own,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is not for it: its clients end first
+            preexec_fn=_end_with_parent,
+        )
+    except OSError as error:
+        yield SideBySide(None, f"{CONTROL} cannot be run: {error.strerror}")
+        return
     try:
         why_not = _trouble(server, folder, cards, own)
         if why_not is None:
