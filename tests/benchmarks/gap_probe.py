@@ -9,26 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from trainables import Context, Report
-from trainables.finetune import Run, finetune
+from trainables.finetune import finetune
+from trainables.steps import Steps
 
 
 def train(context: Context) -> Iterator[Report]:
     log = Path(context.params["log"])
-    train_step = Run._train_step
+    epoch_of_steps = Steps.epoch
     begun = False
 
     def note(event: str) -> None:
         with log.open("a") as file:
             file.write(f"{time.monotonic()} {event}\n")
 
-    def noted_step(run: Run, batch: Any) -> Any:
+    def noted_epoch(steps: Steps, *arguments: Any) -> Any:
         nonlocal begun
         if not begun:
             note("first step")
             begun = True
-        return train_step(run, batch)
+        return epoch_of_steps(steps, *arguments)
 
-    Run._train_step = noted_step  # type: ignore[method-assign]
+    Steps.epoch = noted_epoch  # type: ignore[method-assign]
     try:
         settings = context.params["settings"]
         training = settings["training"] | {"learning_rate": context.params["learning_rate"]}
@@ -36,4 +37,4 @@ def train(context: Context) -> Iterator[Report]:
             note("report")
             yield report
     finally:
-        Run._train_step = train_step  # type: ignore[method-assign]
+        Steps.epoch = epoch_of_steps  # type: ignore[method-assign]
