@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,6 +197,11 @@ class Program:
         """What they are called."""
         return {process.info["name"] for process in psutil.process_iter(["name"]) if self._is_ours(process)}
 
+    def named(self, prefix: str) -> list[psutil.Process]:
+        """Those whose name begins so. One that ends meanwhile is no error."""
+        found = psutil.process_iter(["name"])
+        return [each for each in found if str(each.info["name"]).startswith(prefix) and self._is_ours(each)]
+
     def process(self, pid: int) -> psutil.Process:
         """One of them by its pid; never a stranger's."""
         return next(process for process in self.processes() if process.pid == pid)
@@ -221,7 +226,7 @@ class Program:
         """Processes and scratch files that are still there, as soon as there are none or after a few seconds."""
 
         def look() -> list[str]:
-            commands = [f"{each.pid} {each.name()}" for each in self.processes()]
+            commands = [f"{each.pid} {each.info['name']}" for each in self.named("")]
             return commands + [str(path) for path in self.scratch.glob("tune-*")]  # torch has a cache beside them
 
         end = time.monotonic() + 5
@@ -232,7 +237,8 @@ class Program:
     def close(self) -> None:
         """Ends whatever a failed test left running."""
         for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _is_ours(self, process: psutil.Process) -> bool:

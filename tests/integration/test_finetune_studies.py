@@ -145,7 +145,7 @@ def test_a_rank_that_is_frozen_in_a_collective_costs_one_epoch(program: Program,
     command = program.start("run", frozen, "--json")
     first = program.storage / "frozen" / "checkpoints" / "trial-00000" / "epoch-0001"
     wait_until(first.exists, 120, "the first checkpoint")
-    rank = next(each for each in program.processes() if each.name().startswith("ray::RankActor"))
+    rank = program.named("ray::RankActor")[0]
     rank.send_signal(signal.SIGSTOP)
     found = command.wait(timeout_s=200)
     assert found.code == 0, found.err
