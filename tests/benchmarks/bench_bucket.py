@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from machine import show
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import RandomSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,7 +31,8 @@ METRICS = {"score": 0.5, "train_loss": 1.0, "eval_loss": 0.5, "epoch_s": 1.0}
 def measure(storage: StudyStorage, num_trials: int) -> tuple[float, float]:
     """(reports a second while trials come and go, seconds from opening the record to its status)."""
     spec = {"objective": {"metric": "score", "mode": "max"}, "search_space": {}, "budget": {"trials": num_trials}}
-    study, space = storage.create("bench"), {"x": FloatDistribution(0, 1)}
+    study = storage.create("bench")
+    space: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 1)}
     with study.driving() as lease, lease.beating(print):
         record = Record.create(study, spec, RandomSampler(seed=0), lease)
         started = time.monotonic()

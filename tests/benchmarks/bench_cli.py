@@ -42,7 +42,7 @@ def write_study(root: Path) -> None:
         record.ask(space, lambda _: {})
         record.start(number)
         for epoch in (1, 2, 3):
-            record.report(number, epoch, {"score": number + epoch / 10, "loss": 1 / epoch})
+            record.report(number, epoch, {"score": number + epoch / 10, "loss": 1 / epoch}, lambda: None)
         record.complete(number)
 
 

@@ -108,7 +108,7 @@ def plain_loop(
         total = torch.zeros((), device=device)
         for inputs, labels in batches("train", np.random.permutation(rows)):
             loss = functional.cross_entropy(model(**inputs).logits, labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
@@ -136,7 +136,7 @@ def examples(data: Encoded, labels: np.ndarray) -> Iterator[dict[str, Any]]:
         yield example | {"labels": int(labels[row])}
 
 
-class _Clock(TrainerCallback):
+class _Clock(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
     def __init__(self, times: Times) -> None:
         self._times = times
         self._started = self._cpu_s = 0.0

@@ -29,7 +29,7 @@ def train(context: Context) -> Iterator[Report]:
             begun = True
         return epoch_of_steps(steps, *arguments)
 
-    Steps.epoch = noted_epoch  # type: ignore[method-assign]
+    Steps.epoch = noted_epoch  # type: ignore[method-assign, assignment]
     try:
         settings = context.params["settings"]
         training = settings["training"] | {"learning_rate": context.params["learning_rate"]}

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 EPOCHS = 5
 PATIENCE_S = 90.0
 SERVERS = ("nvidia-cuda-mps", "nvidia-cuda-mps-server", "nvidia-cuda-mps-control")
-failed = []
+failed: list[str] = []
 
 
 def train(does: str) -> None:

@@ -23,7 +23,7 @@ import psutil
 import yaml
 from run_studies import command, used_mib
 
-failed = []
+failed: list[str] = []
 
 
 def spec(name: str, workers: int, **training: Any) -> dict[str, Any]:

@@ -29,14 +29,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 3, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 512},
 }
 MRPC = {"task": "mrpc", "path": str(DATA / "glue" / "mrpc")}
-failed = []
+failed: list[str] = []
 
 
 def reports(family: str, data: dict[str, Any], resume_from: Path | None = None, **options: Any) -> Iterator[Report]:
     dropout, seed = options.pop("dropout", 0.0), options.pop("seed", 42)
     # 28 divides the 3,668 rows: the smaller batch at the end, which a captured step fills up, rounds differently.
     fixed = {"max_epochs": 2, "learning_rate": 3e-4, "precision": "fp32", "max_length": 96, "batch_size": 28}
-    training = fixed | options
+    training: dict[str, Any] = fixed | options
     config = FAMILIES[family] | {"model_type": family} | ({} if family == "llama" else {"dropout": dropout})
     settings = {
         "model": {"name": str(DATA / "gpt2-tokenizer"), "from_scratch": True, "config": config},
@@ -119,7 +119,7 @@ def accuracies() -> None:
         found: dict[str, list[float]] = {"auto": [], "off": []}
         for compile_, values in found.items():
             for seed in (1, 2, 3):
-                options = {
+                options: dict[str, Any] = {
                     "compile": compile_,
                     "precision": "bf16",
                     "dropout": 0.1,
