@@ -153,7 +153,8 @@ class Ranks:
     def curve(self, settings: Settings, resume_from: Path | None = None, save: tuple[int, Path] | None = None) -> Curve:
         """What rank 0 reports, after every rank has reported the same; `save` is (epoch, folder)."""
         if self._rendezvous:
-            port = RankWorker.free_port(self, "127.0.0.1")  # type: ignore[arg-type]  # it needs no rank
+            self._pipes[0].send(("listen", ("127.0.0.1",)))
+            port, _ = self._pipes[0].recv()
             self.ask("rendezvous", "127.0.0.1", port)
             self._rendezvous = False
         self._number += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from trainables import Context, Report
 from trainables.errors import StorageUnavailableError, TrainableError, TrialError
-from trainables.worker import LOG_LINES, RankReport, RankWorker, Task, log_tail, resolve
+from trainables.worker import LISTENER, LOG_LINES, RankReport, RankWorker, Task, log_tail, resolve
 
 pytestmark = pytest.mark.usefixtures("as_a_rank")
 
@@ -304,3 +305,19 @@ def test_a_rank_on_the_cpu_sees_no_gpu_and_one_on_a_gpu_sees_the_one_it_was_give
     RankWorker(1, 2, uses_gpu=False).rendezvous("127.0.0.1", 4000)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
     assert [os.environ[name] for name in names] == ["1", "2", "0", "127.0.0.1", "4000", ""]
+
+
+def test_rank_0_of_two_holds_the_port_of_the_rendezvous_until_a_trainable_of_the_users_own_listens(task: Task) -> None:
+    worker = RankWorker(0, 2, uses_gpu=False)
+    port = worker.listen("127.0.0.1")
+    with pytest.raises(OSError, match="Address already in use"):
+        socket.create_server(("127.0.0.1", port))
+    worker.begin(task)
+    socket.create_server(("127.0.0.1", port)).close()
+    assert LISTENER not in os.environ
+
+
+def test_a_rank_alone_holds_no_port() -> None:
+    port = RankWorker(0, 1, uses_gpu=False).listen("127.0.0.1")
+    socket.create_server(("127.0.0.1", port)).close()
+    assert LISTENER not in os.environ

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, TCPStore
 
+from trainables.worker import LISTENER
+
 if os.environ.get("TUNE_SERVICE_DEVICE") == "cpu":
     # ColossalAI takes CUDA whenever it sees it, and its import opens a context there.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -83,8 +85,8 @@ def _store(rank: int, world_size: int, host: str) -> TCPStore:
     port = int(os.environ["MASTER_PORT"])
     if rank:
         return TCPStore(host, port, world_size, is_master=False, timeout=GROUP_TIMEOUT)
-    listener = socket.create_server((host, port))
-    descriptor = listener.detach()  # the store closes it
+    held = os.environ.pop(LISTENER, None)
+    descriptor = int(held) if held else socket.create_server((host, port)).detach()  # the store closes it
     return TCPStore(
         host,
         port,

@@ -33,9 +33,9 @@ class RankActor(RankWorker):
         self._sent = 0
 
     def endpoint(self) -> tuple[str, int]:
-        """(address, free port) of this rank's node."""
+        """(address, port) of this rank's node, where it listens."""
         host = ray.util.get_node_ip_address()
-        return host, self.free_port(host)
+        return host, self.listen(host)
 
     def look(self, mark: Mark) -> bool:
         """Whether this node sees the study's folder. If not, what this rank writes waits here to be fetched."""

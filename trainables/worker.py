@@ -28,6 +28,9 @@ from trainables.memory import gpu_memory_share, is_out_of_memory
 from trainables.redaction import redacted
 from trainables.report import Context, Report, Trainable
 
+LISTENER = "TUNE_SERVICE_LISTENER"
+"""The variable with the number of the socket that rank 0 holds, so that nobody takes the port of the rendezvous in the
+seconds until it is used."""
 START_DEADLINE_S = 15 * 60.0
 """How long the ranks of a trial may take to get ready: process start and imports. The first report of a cold group,
 which may download a model and data, has as long again."""
@@ -109,10 +112,15 @@ class RankWorker:
         self._reports: Iterator[Report] | None = None
         self._report: Report | None = None
 
-    def free_port(self, host: str) -> int:
-        """A port of this host's address for the rendezvous; rank 0 is asked."""
-        with socket.create_server((host, 0)) as server:
-            return int(server.getsockname()[1])
+    def listen(self, host: str) -> int:
+        """A port of this host's address for the rendezvous; rank 0 is asked, and holds it where others come to it."""
+        server = socket.create_server((host, 0))
+        port = int(server.getsockname()[1])
+        if self._world_size > 1:
+            os.environ[LISTENER] = str(server.detach())
+        else:
+            server.close()
+        return port
 
     def rendezvous(self, host: str, port: int) -> None:
         """Where rank 0 will listen, in the variables that torch.distributed reads."""
@@ -124,6 +132,9 @@ class RankWorker:
         with _plain_errors(self._rank):
             _log_to(task.log_file(self._rank))
             trainable = resolve(task.trainable, task.import_path)
+            is_ours = task.trainable == "finetune" or task.trainable.startswith("trainables.")
+            if not is_ours and LISTENER in os.environ:
+                os.close(int(os.environ.pop(LISTENER)))  # it will listen by itself
             context = Context(
                 params=task.params,
                 rank=self._rank,
