@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from typing import Literal
 
 import pytest
@@ -46,7 +47,7 @@ def running_moto(folder: Path) -> Iterator[int]:
         while not _answers(port):
             assert process.poll() is None and time.monotonic() < end, "moto does not start"
             time.sleep(0.1)
-        keys = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
+        keys: dict[str, Any] = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
         fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", allow_bucket_creation=True, **keys).create_dir(BUCKET)
         yield port
     finally:
@@ -122,7 +123,7 @@ class Store:
 
     def __init__(self, port: int) -> None:
         self.door = Door(port)
-        keys = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
+        keys: dict[str, Any] = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
         self._filesystem = fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", **keys)
 
     def names(self, study: str) -> list[str]:
