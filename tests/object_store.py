@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pyarrow import fs
 
+KEYS: dict[str, Any] = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET = "lab"
 Way = Literal["open", "slow", "silent", "cut", "503", "403"]
@@ -47,8 +47,7 @@ def running_moto(folder: Path) -> Iterator[int]:
         while not _answers(port):
             assert process.poll() is None and time.monotonic() < end, "moto does not start"
             time.sleep(0.1)
-        keys: dict[str, Any] = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
-        fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", allow_bucket_creation=True, **keys).create_dir(BUCKET)
+        fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", allow_bucket_creation=True, **KEYS).create_dir(BUCKET)
         yield port
     finally:
         process.kill()
@@ -123,8 +122,7 @@ class Store:
 
     def __init__(self, port: int) -> None:
         self.door = Door(port)
-        keys: dict[str, Any] = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
-        self._filesystem = fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", **keys)
+        self._filesystem = fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", **KEYS)
 
     def names(self, study: str) -> list[str]:
         """Of all objects of a study, those too that only stand for a folder."""
