@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from bench_finetune_gpu import settings
 from machine import has_gpu, show
+
+from tune_service.mps import side_by_side
 
 WARM_EPOCHS = 3
 """A step of each width has been captured by then."""
@@ -86,23 +85,6 @@ def throughput(num_trials: int, epochs: int) -> dict[str, Any]:
             process.wait()
 
 
-@contextmanager
-def multi_process_service() -> Iterator[None]:
-    """A server of this benchmark's own, by the folder that its clients are told."""
-    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
-        own = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-        server = subprocess.Popen(["nvidia-cuda-mps-control", "-f"], env=os.environ | own, stdin=subprocess.DEVNULL)
-        os.environ |= own
-        time.sleep(2.0)
-        try:
-            yield
-        finally:
-            subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False, timeout=60)
-            server.wait(timeout=60)
-            for name in own:
-                del os.environ[name]
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8, help="the most at a time")
@@ -120,7 +102,10 @@ if __name__ == "__main__":
         results: dict[str, Any] = {}
         if "turns" in options.only:
             results["in turns"] = throughput(options.trials, options.epochs)
-        if "mps" in options.only and shutil.which("nvidia-cuda-mps-control"):
-            with multi_process_service():
-                results["under MPS"] = throughput(options.trials, options.epochs)
+        if "mps" in options.only:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                side_by_side(Path(folder) / "mps", ["0"], options.trials) as shared,
+            ):
+                results["under MPS"] = shared.why_not or throughput(options.trials, options.epochs)
         show("sharing a GPU", **results)
