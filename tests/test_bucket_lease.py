@@ -179,6 +179,37 @@ def test_two_wishes_of_one_moment_both_step_back(claims: Bucket, monkeypatch: py
     assert list(claims.objects()) == ["000001-other.wish"], "its own is taken back"
 
 
+def test_a_wish_that_was_there_first_may_become_a_claim_and_is_waited_for(claims: Bucket) -> None:
+    claims.put("000001-other.wish", b"")
+    end = threading.Event()
+
+    def claim_then_beat() -> None:
+        beats = 0
+        while not end.wait(0.5):
+            beats += 1
+            write(claims, "000001-other.json", machine="another", pid=1, beats=beats)
+            if beats == 1:
+                claims.delete("000001-other.wish")
+
+    thread = threading.Thread(target=claim_then_beat)
+    thread.start()
+    try:
+        with pytest.raises(StudyRunningError, match="process 1 on "), taken("toy", claims, 0, nobody):
+            pass
+    finally:
+        end.set()
+        thread.join()
+    assert list(claims.objects()) == ["000001-other.json"]
+
+
+def test_a_wish_of_a_process_that_has_ended_delays_for_a_while_only(claims: Bucket) -> None:
+    claims.put("000001-gone.wish", b"")
+    began = time.monotonic()
+    with taken("toy", claims, 0, nobody) as own:
+        assert 1.5 <= time.monotonic() - began < 4
+        assert list(claims.objects()) == [own.identity[1]]
+
+
 def test_a_claim_that_is_none_of_ours_is_a_silent_strangers(claims: Bucket) -> None:
     claims.put("000007-x.json", b"{")
     told: list[str] = []

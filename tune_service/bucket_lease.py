@@ -3,7 +3,8 @@
 A claim is an object `lease/GGGGGG-TOKEN.json`, which its holder writes anew every few seconds. Who wants the study
 waits till the holder's says that it was released, or its process is gone from this very machine, or it has not changed
 for some time by the waiter's own clock; puts a wish, `GGGGGG-TOKEN.wish` of the next generation; and claims when a list
-then shows nobody else who came meanwhile. A wish takes nothing from anybody. What a driver writes carries its
+then shows nobody else who came meanwhile. A wish takes nothing from anybody, and is waited for too: it becomes a claim
+in no time, or its process is gone. What a driver writes carries its
 generation, and only the highest is read: whoever wakes up late may write, but is not read.
 """
 
@@ -124,7 +125,7 @@ def taken(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -
 
 def _take(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -> BucketLease:
     for _ in range(TRIES):
-        before = set(claims.objects())
+        before = _settled(claims)
         newest = max((name for name in before if name.endswith(CLAIM)), default=None, key=generation_of)
         if newest is not None:
             _wait_for_silence(study, claims, newest, tell)
@@ -141,6 +142,17 @@ def _take(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -
         claims.delete(wish)  # at the same moment as another process: both may step back, and try again
         time.sleep(random.uniform(0.2, 2.0))
     raise _refusal(study, "several processes want to run it at this moment")
+
+
+def _settled(claims: Bucket) -> set[str]:
+    """What is there, once no wish in it can be one that its process is just about to claim by."""
+    since_s = dict[str, float]()
+    while True:
+        found, now = set(claims.objects()), time.monotonic()
+        since_s = {name: since_s.get(name, now) for name in found if not name.endswith(CLAIM)}
+        if all(now - wished_s >= SILENT_S for wished_s in since_s.values()):
+            return found
+        time.sleep(POLL_S)
 
 
 def _wait_for_silence(study: str, claims: Bucket, name: str, tell: Callable[[str], None]) -> None:
