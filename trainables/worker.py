@@ -132,8 +132,7 @@ class RankWorker:
         with _plain_errors(self._rank):
             _log_to(task.log_file(self._rank))
             trainable = resolve(task.trainable, task.import_path)
-            is_ours = task.trainable == "finetune" or task.trainable.startswith("trainables.")
-            if not is_ours and LISTENER in os.environ:
+            if not _full_name(task.trainable).startswith("trainables.") and LISTENER in os.environ:
                 os.close(int(os.environ.pop(LISTENER)))  # it will listen by itself
             context = Context(
                 params=task.params,
@@ -179,13 +178,16 @@ class RankWorker:
         return os.getpid()
 
 
+def _full_name(trainable: str) -> str:
+    """`package.module:function`, of which a spec may say `finetune` for short."""
+    return "trainables.finetune:finetune" if trainable == "finetune" else trainable
+
+
 def resolve(trainable: str, import_path: str | None) -> Trainable:
     """The generator function that a spec's `trainable` names. Imports it, and so whatever it imports."""
-    if trainable == "finetune":
-        trainable = "trainables.finetune:finetune"
     if import_path is not None and import_path not in sys.path:
         sys.path.append(import_path)
-    module_name, _, name = trainable.partition(":")
+    module_name, _, name = _full_name(trainable).partition(":")
     function = getattr(importlib.import_module(module_name), name, None)
     if not callable(function):
         found = f"module {module_name} has no function {name!r}"

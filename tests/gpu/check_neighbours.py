@@ -10,6 +10,7 @@ all. Nothing may be left of the service then.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import signal
@@ -69,6 +70,7 @@ class Client:
         self._process = subprocess.Popen(
             [sys.executable, __file__, does], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        atexit.register(self._process.kill)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
