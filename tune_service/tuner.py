@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -42,6 +43,9 @@ def run_trials(
 
     `tick` is called several times a second; `on_lost` when Ray is lost.
     """
+    # A variable of Tune's, for a library that no trial uses, would make a runtime environment: Ray then passes over the
+    # workers that it has started already, and starts each process of a trial twice, the second time in there.
+    class_cache.DEFAULT_ENV_VARS.clear()
     resources = spec.resources
     bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpu_share:

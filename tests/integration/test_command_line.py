@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class Finished:
     """Addresses that its processes listened on."""
     seen: set[psutil.Process]
     """Its processes."""
+    started_twice: set[psutil.Process]
+    """Those that Ray made anew for an environment of Tune's, beside the ones that it had made already."""
     leftovers: list[str]
     """Processes and scratch files that were there after the end."""
 
@@ -71,12 +74,15 @@ def study(program: Program) -> Finished:
     command = program.start("run", spec, "--json")
     listening: set[str] = set()
     seen: set[psutil.Process] = set()
+    started_twice: set[psutil.Process] = set()
     while command.is_running:
         processes = program.processes()
         seen |= set(processes)
         listening |= {address for process in processes for address in _listening(process)}
+        started_twice |= {process for process in processes if _has_variable_of_tune(process)}
     found = command.wait()
-    return Finished("oven", found, read_notes(program.notes("oven")), listening, seen, program.leftovers())
+    notes = read_notes(program.notes("oven"))
+    return Finished("oven", found, notes, listening, seen, started_twice, program.leftovers())
 
 
 # ---- the study itself
@@ -213,6 +219,10 @@ def test_the_next_trial_runs_in_the_processes_of_the_one_before(study: Finished)
     for x in SPEC["search_space"]["x"]["choice"]:
         ranks = {note.rank: note.pid for note in study.notes if note.x == x}
         assert slots.setdefault(ranks[0], ranks[1]) == ranks[1], "a warm group keeps its ranks"
+
+
+def test_trials_run_in_the_processes_that_ray_started_in_advance(study: Finished) -> None:
+    assert not study.started_twice
 
 
 def test_one_trial_follows_another_in_moments(study: Finished) -> None:
@@ -504,6 +514,12 @@ def test_a_record_that_cannot_be_read_is_said_in_one_message(study: Finished, pr
 
 
 # ---- looking
+
+
+def _has_variable_of_tune(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return "PL_DISABLE_FORK" in process.environ()
+    return False
 
 
 def _listening(process: psutil.Process) -> set[str]:
