@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bucket_double import keep_buckets_in
@@ -104,6 +105,29 @@ def test_a_bucket_that_is_not_there_is_the_users_fault(bucket: Bucket) -> None:
     with pytest.raises(BucketError, match="no bucket other") as refusal:
         Bucket.open("s3://other/x").check()
     assert exit_code(refusal.value) == 2
+
+
+class _GoneMeanwhile:
+    """A file of pyarrow's: there when it was opened, and deleted before it is read."""
+
+    def __enter__(self) -> _GoneMeanwhile:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def size(self) -> int:
+        return 10
+
+    def seek(self, place: int) -> None: ...
+
+    def read(self) -> bytes:
+        raise OSError("When reading information for key 'b' in bucket 'lab': AWS Error NO_SUCH_KEY during GetObject")
+
+
+def test_an_object_that_goes_while_it_is_read_is_not_there(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "_filesystem", SimpleNamespace(open_input_file=lambda path: _GoneMeanwhile()))
+    with pytest.raises(FileNotFoundError):
+        bucket.get("b")
 
 
 def test_a_store_that_is_away_is_to_a_study_what_a_full_disk_is() -> None:

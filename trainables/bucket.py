@@ -44,6 +44,7 @@ _INPUT = {
     ),
 }
 """What a store's message shows when the user's input is wrong -> the rule, and what is right."""
+_GONE = "NO_SUCH_KEY|RESOURCE_NOT_FOUND"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Bucket:
 
     def get(self, name: str, begin: int = 0) -> bytes:
         """FileNotFoundError when there is none of this name."""
-        with self._in_words(), self._filesystem.open_input_file(self._path(name)) as file:
+        with self._in_words(reads=True), self._filesystem.open_input_file(self._path(name)) as file:
             if begin >= file.size():
                 return b""
             file.seek(begin)
@@ -137,9 +138,10 @@ class Bucket:
             file.write(data)
 
     def get_file(self, name: str, to: Path) -> None:
+        """FileNotFoundError when there is none of this name."""
         to.parent.mkdir(parents=True, exist_ok=True)
         with (
-            self._in_words(),
+            self._in_words(reads=True),
             self._filesystem.open_input_stream(self._path(name), compression=None) as source,
             to.open("wb") as target,
         ):
@@ -181,12 +183,15 @@ class Bucket:
     # Failures
 
     @contextmanager
-    def _in_words(self) -> Iterator[None]:
+    def _in_words(self, reads: bool = False) -> Iterator[None]:
+        """`reads`: an object, which may go between the two requests of one read; pyarrow tells that as it comes."""
         try:
             yield
         except FileNotFoundError:
             raise
         except OSError as error:
+            if reads and re.search(_GONE, str(error)):
+                raise FileNotFoundError(str(error)) from error
             if error.errno is not None:  # of this machine's disk: pyarrow's has none
                 raise
             raise self._failure(str(error)) from error

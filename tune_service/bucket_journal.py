@@ -21,7 +21,7 @@ from typing import Any
 from optuna.storages.journal import BaseJournalBackend
 from optuna.storages.journal._storage import JournalStorageReplayResult
 
-from trainables.bucket import Bucket, at_once
+from trainables.bucket import Bucket, Object, at_once
 from trainables.errors import BucketError, Problem
 from tune_service.bucket_lease import DELETED, BucketLease
 from tune_service.errors import StorageError
@@ -121,19 +121,19 @@ class Segments(BaseJournalBackend):
         self._lease.check()
         is_much = self._tail_bytes * 10 > sum(map(len, self._history))
         rolls = self._next >= MOST_SEGMENTS or (self._next >= MANY_SEGMENTS and is_much)
-        self._history.append(data)
+        before = self._history
         try:
+            self._history = [*before, data]
             if rolls or not self._owns_folder:
                 self._begin_folder()
-                return
-            self._record.put(_segment(self._folder, self._next), data)
-        except BaseException:
+            else:
+                self._record.put(_segment(self._folder, self._next), data)
+                self._next += 1
+                self._tail_bytes += len(data)
+        except BaseException:  # Ctrl-C too, at any line
             # Perhaps it is there all the same, or will be: so nothing more is written behind it.
-            self._history.pop()
-            self._owns_folder = False
+            self._history, self._owns_folder = before, False
             raise
-        self._next += 1
-        self._tail_bytes += len(data)
 
     def _begin_folder(self) -> None:
         assert self._lease is not None
@@ -180,10 +180,12 @@ class Segments(BaseJournalBackend):
         expected = "a study that stays; `tune-service delete` goes on with a deletion that was cut off"
         return StorageError(Problem("STUDY", rule, found, expected))
 
-    def _read(self, found: dict[str, Any]) -> None:
+    def _read(self, found: dict[str, Object]) -> None:
         if DELETED in found:
             raise self._deleted()
-        folders = {name.partition("/")[0] for name in found if name.endswith(_segment("", 0))} - {REQUESTS}
+        # An empty one is of a writer that was interrupted between opening and writing it.
+        firsts = (name for name, each in found.items() if name.endswith(_segment("", 0)) and each.num_bytes)
+        folders = {name.partition("/")[0] for name in firsts} - {REQUESTS}
         if not folders:
             raise FileNotFoundError(f"{self._record.where} holds no record")
         newest = max(folders)
@@ -197,16 +199,16 @@ class Segments(BaseJournalBackend):
         requests = sorted(name for name in found if name.startswith(f"{REQUESTS}/") and name not in self._taken)
         if self._lease is not None:
             requests = []  # they are taken in
-        data = at_once(self._record.get, names)
-        self._next += len(names)
+        data, came = at_once(self._record.get, names), set[str]()
         if self._lease is not None:
             self._history = list(data)
         for request in requests:
             with suppress(FileNotFoundError):  # the driver has just taken it in
                 data.append(self._record.get(request))
-                self._taken.add(request)
-        for each in data:
-            self._unread += _parsed(each)
+                came.add(request)
+        self._unread += [log for each in data for log in _parsed(each)]
+        self._next += len(names)
+        self._taken |= came
 
 
 def _segment(folder: str | None, number: int) -> str:
