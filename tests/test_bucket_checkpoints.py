@@ -140,6 +140,26 @@ def test_a_late_manifest_of_an_earlier_driver_takes_no_place_and_is_swept(
     assert objects() == whole and again.kept() == {0: [1]}
 
 
+def test_nobody_goes_on_from_a_late_manifest_whose_files_were_swept(
+    store: BucketCheckpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the checkpoint before it, which is whole, would be one that nothing needs any more."""
+    put, late = Bucket.put, ExitStack()
+
+    def asleep(self: Bucket, name: str, data: bytes) -> None:
+        late.callback(put, self, name, data)
+
+    write(of_generation(1), 0, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "put", asleep)
+        write(of_generation(1), 0, 4)
+    new = of_generation(2)
+    new.sweep()
+    late.close()
+    assert new.epochs(0) == [3, 4]
+    assert (new.resumable(0, 3), new.resumable(0, 4)) == (True, False)
+
+
 def test_an_earlier_driver_that_commits_late_removes_nothing_of_the_next_one(store: BucketCheckpoints) -> None:
     write(of_generation(2), 0, 1, "newer")
     write(of_generation(1), 0, 1, "older")

@@ -101,6 +101,24 @@ def test_a_new_study_that_finds_its_name_taken_meanwhile_leaves_the_other_as_it_
     assert Record.open(another(storage)).budget_trials == 4
 
 
+def test_what_a_study_came_with_stays_when_another_finds_its_name_taken(
+    storage: BucketStorage, driven: Driven, tmp_path: Path
+) -> None:
+    _, lease = driven
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "spec.yaml").write_text(name)
+    Bucket.open("s3://lab/studies/toy/shipped").put_file("spec.yaml", tmp_path / "first/spec.yaml")
+    lease.close()
+    late = storage._study("toy")
+    with late.driving():
+        with pytest.raises(StudyExistsError):
+            late.keep_shipped(tmp_path / "second")
+        late.abandon()
+    copy = another(storage).shipped()
+    assert copy is not None and (copy / "spec.yaml").read_text() == "first"
+
+
 def test_every_append_is_one_object_and_read_by_others_in_order(
     storage: BucketStorage, record_bucket: Bucket, driven: Driven
 ) -> None:
@@ -171,6 +189,71 @@ def test_many_segments_become_one(
         assert [trial.number for trial in reader.trials()] == [0], "nothing is read twice"
     assert 4 <= most <= 8
     assert len({name.partition("/")[0] for name in record_bucket.objects()}) == 1, "what was before is deleted"
+
+
+def test_a_roll_that_ctrl_c_cuts_off_loses_nothing(
+    storage: BucketStorage, driven: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not when the driver, on its way out, says that its trials wait."""
+    monkeypatch.setattr(bucket_journal, "MANY_SEGMENTS", 4)
+    study, lease = driven
+    record = Record.open(study, RandomSampler(seed=0), lease)
+    asked = [record.ask({}, lambda number: {}) for _ in range(2)]
+    delete_all = Bucket.delete_all
+
+    def interrupted(self: Bucket, under: str = "") -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bucket, "delete_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for budget in range(5, 25):
+            record.set_budget(budget)
+    monkeypatch.setattr(Bucket, "delete_all", delete_all)
+    record.pause_all("interrupted by the user")
+    trials = Record.open(another(storage)).status().trials
+    assert [trial.number for trial in trials] == [each.number for each in asked if each is not None] == [0, 1]
+    assert record.budget_trials == Record.open(another(storage)).budget_trials == budget - 1
+
+
+def test_a_first_segment_that_ctrl_c_left_empty_is_read_by_nobody(
+    storage: BucketStorage, record_bucket: Bucket, driven: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, lease = driven
+    record, put = Record.open(study, lease=lease), Bucket.put
+
+    def interrupted(self: Bucket, name: str, data: bytes) -> None:
+        put(self, name, b"")  # what is closed is committed
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bucket, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record.set_budget(5)
+    monkeypatch.setattr(Bucket, "put", put)
+    assert 0 in [each.num_bytes for each in record_bucket.objects().values()]
+    assert Record.open(another(storage)).budget_trials == 4
+    record.set_budget(6)
+    assert Record.open(another(storage)).budget_trials == 6
+
+
+def test_a_reader_that_a_request_failed_for_has_everything_at_its_next_look(
+    storage: BucketStorage, driven: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, lease = driven
+    record, reader = Record.open(study, lease=lease), Record.open(another(storage))
+    record.set_budget(5)
+    Record.open(another(storage)).request_stop(now=False)
+    get = Bucket.get
+
+    def fails(self: Bucket, name: str, begin: int = 0) -> bytes:
+        if name.startswith("requests/"):
+            raise BucketError(Problem("s3://lab", "the store answers", "silence", "a store"), is_away=True)
+        return get(self, name, begin)
+
+    monkeypatch.setattr(Bucket, "get", fails)
+    with pytest.raises(BucketError):
+        reader.trials()
+    monkeypatch.setattr(Bucket, "get", get)
+    assert (reader.budget_trials, reader.stop_request is not None) == (5, True)
 
 
 def test_a_request_of_another_process_is_seen_by_all_and_taken_in_once(

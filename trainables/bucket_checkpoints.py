@@ -237,9 +237,10 @@ class BucketCheckpoints(Checkpoints):
         return None
 
     def resumable(self, trial: int, epoch: int) -> bool:
+        """A late manifest, of files that were swept, is none to go on from: what is before it must stay."""
         commit = self._commit_of(trial, epoch)
         try:
-            return commit is not None and self._manifest(commit).resumable
+            return commit is not None and self._manifest(commit).resumable and self.is_whole(trial, epoch, False)
         except CheckpointError:
             return False
 

@@ -155,6 +155,8 @@ class StudyBucket:
         return [BucketLog(name, found[name].num_bytes, self._logs) for name in names]
 
     def keep_shipped(self, folder: Path) -> Path:
+        if self.exists():  # it was made since somebody looked whether the name is free
+            raise _taken(self)
         names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
         self._shipped.delete_all()
         put_tree(self._shipped, folder, names)
@@ -193,6 +195,7 @@ class StudyBucket:
 
         def delete(folder: Bucket) -> None:
             lease.sign_of_life()
+            lease.check()
             folder.delete_all()
 
         places = [self._bucket.at(name) for name in self._bucket.folders() if name not in ("record", "lease")]
