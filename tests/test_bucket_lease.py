@@ -210,6 +210,36 @@ def test_a_wish_of_a_process_that_has_ended_delays_for_a_while_only(claims: Buck
         assert list(claims.objects()) == [own.identity[1]]
 
 
+def test_a_driver_that_slept_while_its_study_was_deleted_puts_no_claim_back(
+    claims: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However young its last look seems, and also where another study has got its name."""
+    monkeypatch.setattr(bucket_lease, "LOOK_S", 60.0)
+    with taken("toy", claims, 0, nobody) as slept:
+        claims.delete_all()
+        slept._touch()
+        assert claims.objects() == {} and slept.lost
+
+
+def test_of_two_claims_of_one_generation_at_most_one_holds(claims: Bucket) -> None:
+    """The one of a study that was deleted, the other of a new one of its name."""
+    for token in ("a", "b"):
+        write(claims, f"000001-{token}.json")
+    assert [lease_holds((claims.url, f"000001-{token}.json")) for token in ("a", "b")] == [False, True]
+
+
+def test_a_driver_that_slept_with_its_machine_is_alive_when_it_wakes(
+    claims: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with taken("toy", claims, 0, nobody) as own:
+        claim = tmp_path / "store/lab/toy/lease" / own.identity[1]
+        os.utime(claim, (0, 0))
+        assert not is_held(claims), "no beat comes"
+        with own.beating(print):
+            os.utime(claim, (0, 0))
+            assert is_held(claims)
+
+
 def test_a_claim_that_is_none_of_ours_is_a_silent_strangers(claims: Bucket) -> None:
     claims.put("000007-x.json", b"{")
     told: list[str] = []

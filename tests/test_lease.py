@@ -6,6 +6,7 @@ The other driver is a process of its own, which writes to the record when it is 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,33 @@ def test_a_driver_that_was_silent_for_a_moment_goes_on(folder: StudyFolder) -> N
         time.sleep(2.5)
         assert folder.driver_is_alive(), "it beats again"
         assert Record.open(folder).budget_trials == 7
+
+
+def test_a_driver_that_slept_with_its_machine_is_alive_when_it_wakes(folder: StudyFolder) -> None:
+    """`watch` and `stop` would end at once, when its next beat is a second away."""
+    with other_driver(folder):
+        os.utime(folder.driver_lock, (0, 0))
+        assert folder.driver_is_alive()
+
+
+def test_what_a_killed_taker_left_is_in_nobodys_way(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In containers two processes often have one number."""
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        shutil.copy(self, f"{self}.kept")
+        raise KeyboardInterrupt
+
+    with other_driver(folder) as process:
+        make_silent(folder, process)
+        monkeypatch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt), folder.driving(print):
+            pass
+        monkeypatch.setattr(Path, "replace", replace)
+        (kept,) = folder.path.glob(".driver.lock.*.kept")
+        kept.rename(str(kept).removesuffix(".kept"))  # what SIGKILL would have left
+        with folder.driving(print) as own:
+            assert not own.lost
 
 
 def test_a_silent_driver_is_taken_over_and_writes_nothing_more_when_it_wakes_up(folder: StudyFolder) -> None:

@@ -73,6 +73,21 @@ def test_a_taken_name_is_refused_and_the_refusal_tells_how_to_go_on(storage: Sto
     assert "tune-service resume toy" in refusal.value.problems[0].expected
 
 
+def test_a_name_that_another_process_takes_at_this_moment_is_taken(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def too_late(self: Path, parents: bool = False) -> None:
+        for each in (self.parent, self):
+            mkdir(each, exist_ok=True)
+        raise FileExistsError(self)
+
+    monkeypatch.setattr(Path, "mkdir", too_late)
+    with pytest.raises(StudyExistsError):
+        storage.create("toy")
+
+
 def test_a_folder_of_someone_elses_is_a_taken_name_too(storage: Storage) -> None:
     (storage.root / "toy").mkdir(parents=True)
     with pytest.raises(StudyExistsError):

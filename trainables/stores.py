@@ -149,9 +149,12 @@ def lease_holds(lease: tuple[str, str]) -> bool:
 
 
 def claim_holds(claims: Bucket, own: str) -> bool:
-    """Whether a driver's claim is there and none of a higher generation. Names begin with the generation."""
+    """Whether a driver's claim is there and none of a higher generation. Names begin with the generation.
+
+    Two of one generation are of a study and of an earlier one of its name: at most one of them holds.
+    """
     names = [name for name in claims.objects() if name.endswith(CLAIM)]
-    return own in names and all(generation_of(name) <= generation_of(own) for name in names)
+    return own == max(names, key=lambda name: (generation_of(name), name), default=None)
 
 
 def generation_of(name: str) -> int:

@@ -51,7 +51,7 @@ class BucketLease(Lease):
         self.rolls = count()
         """Numbers what this driver writes whole."""
         self._beats = 0
-        self._is_lost, self._looked_s = False, time.monotonic()
+        self._is_lost, self._looked_s = False, _now()
         self._writes = threading.Lock()
 
     @property
@@ -64,11 +64,15 @@ class BucketLease(Lease):
 
     @property
     def lost(self) -> bool:
-        now = time.monotonic()
-        if not self._is_lost and now - self._looked_s >= LOOK_S:
+        if _now() - self._looked_s >= LOOK_S:
+            self._look()
+        return self._is_lost
+
+    def _look(self) -> None:
+        if not self._is_lost:
+            now = _now()
             self._is_lost = not claim_holds(self._claims, self._name)
             self._looked_s = now
-        return self._is_lost
 
     def sign_of_life(self) -> None:
         """Asks the store nothing: the beats do."""
@@ -81,7 +85,8 @@ class BucketLease(Lease):
 
     def _touch(self) -> None:
         with self._writes:
-            if not self.lost:  # a claim that somebody has removed is not put back
+            self._look()
+            if not self._is_lost:  # a claim that somebody has removed is not put back
                 self._beats += 1
                 self._claims.put(self._name, _claim(self._beats, released=False))
 
@@ -94,20 +99,30 @@ class BucketLease(Lease):
     def close(self) -> None:
         """Says that the study is free. Where that cannot be said, the next driver finds out."""
         with self._writes, suppress(BucketError):
-            self._looked_s = -LOOK_S
-            if not self.lost:
+            self._look()
+            if not self._is_lost:
                 self._claims.put(self._name, _claim(self._beats, released=True))
                 self._is_lost = True
 
 
 def is_held(claims: Bucket) -> bool:
-    """Whether some process drives the study and is not silent, by the store's time of its last beat."""
+    """Whether some process drives the study and is not silent, by the store's time of its last beat.
+
+    One of this machine may have slept with it: its next beat says so.
+    """
     found = claims.objects()
     newest = max((name for name in found if name.endswith(CLAIM)), default=None, key=generation_of)
-    if newest is None or time.time() - found[newest].written_s > SILENT_S:
+    holder = None if newest is None else _read(claims, newest)
+    if newest is None or holder is None or holder["released"] or _is_gone(holder):
         return False
-    holder = _read(claims, newest)
-    return holder is not None and not holder["released"] and not _is_gone(holder)
+    if time.time() - found[newest].written_s <= SILENT_S:
+        return True
+    end = time.monotonic() + 2 * BEAT_S
+    while holder["machine"] == _machine() and time.monotonic() < end:
+        time.sleep(BEAT_S / 3)
+        if _read(claims, newest) not in (holder, None):
+            return True
+    return False
 
 
 @contextmanager
@@ -209,6 +224,11 @@ def _is_gone(claim: dict[str, Any]) -> bool:
         return bool(process.create_time() != claim["started"] or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
+
+
+def _now() -> float:
+    """Seconds, those included in which the machine slept: what was seen before is old then."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _machine() -> str:

@@ -229,6 +229,7 @@ class Storage:
         try:
             folder.path.mkdir(parents=True)
         except OSError as error:
+            self.check_free(name)  # another process may have made it at this moment
             raise StorageError(
                 Problem("--storage", "is a folder that can be written", str(error), "another --storage DIR")
             ) from error
