@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import termios
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +254,21 @@ def test_what_keeps_trials_waiting_is_told_once_and_so_is_its_end(tmp_path: Path
         display.show(study.record)
     lines = [line.partition(" ")[2] for line in output.getvalue().splitlines()]
     assert lines == ["trials wait for nodes", "trials wait no longer"]
+
+
+def test_a_terminal_that_stands_still_holds_up_nobody_and_gets_all_when_it_goes_on(tmp_path: Path) -> None:
+    ours, its = os.openpty()
+    with os.fdopen(its, "w") as terminal, os.fdopen(ours, "rb") as reader:
+        display = StudyDisplay(console(terminal))
+        termios.tcflow(its, termios.TCOOFF)  # Ctrl-S
+        telling = threading.Thread(target=lambda: [display.tell(f"line {number}") for number in range(3)], daemon=True)
+        telling.start()
+        telling.join(5)
+        was_held_up = telling.is_alive()
+        termios.tcflow(its, termios.TCOON)
+        assert not was_held_up
+        display.tell("the last one")
+        shown = ""
+        while "the last one" not in shown:
+            shown += os.read(reader.fileno(), 10_000).decode()
+    assert re.findall(r"line \d|the last one", shown) == ["line 0", "line 1", "line 2", "the last one"]

@@ -55,6 +55,8 @@ class StudyDisplay:
         self._began = time.monotonic()
         self._study = _Seen()
         self._noticed: str | None = None
+        self._untold: list[Text] = []
+        """Lines that a terminal which stands still has not taken yet."""
 
     def __enter__(self) -> StudyDisplay:
         if self._live is not None:
@@ -62,13 +64,16 @@ class StudyDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._live is not None:
-            with _reader_may_be_gone():
+        with _reader_may_be_gone():
+            if self._live is not None:
                 self._live.stop()
+            self._print_untold()
 
     def tell(self, line: str) -> None:
+        self._untold.append(_stamped(line, "yellow"))
         with _reader_may_be_gone():
-            self._print(line, style="yellow")
+            if _takes_more(self._console.file):
+                self._print_untold()
 
     def abort(self, error: BaseException) -> None:
         """Ends this process, from any of its threads: its main one hangs where no exception reaches it."""
@@ -94,6 +99,7 @@ class StudyDisplay:
     def _show(self, view: StudyView) -> None:
         if not _takes_more(self._console.file):
             return  # a terminal that stands still (Ctrl-S, a slow line) must not hold up the study
+        self._print_untold()
         seen = self._study
         changed = seen.look(view)
         best = seen.leaders[0][1] if seen.leaders else None
@@ -105,14 +111,18 @@ class StudyDisplay:
             return
         if view.notice != self._noticed:
             self._noticed = view.notice
-            self._print(view.notice or "trials wait no longer", style="yellow")
+            self._print(_stamped(view.notice or "trials wait no longer", "yellow"))
         for trial in changed:
             if seen.is_news(trial):
-                self._print(_event(trial, view.objective, summary.plain if trial.ended_at else ""))
+                self._print(_stamped(_event(trial, view.objective, summary.plain if trial.ended_at else "")))
 
-    def _print(self, line: str, style: str | None = None) -> None:
-        stamp = datetime.now(UTC).strftime("%H:%M:%S")
-        self._console.print(Text(f"{stamp} {line}", style=style or ""), soft_wrap=True)
+    def _print(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=True)
+
+    def _print_untold(self) -> None:
+        lines, self._untold = self._untold, []
+        for line in lines:
+            self._print(line)
 
     def _summary(self, view: StudyView, best: BestTrial | None) -> Text:
         num_ended = self._study.num_ended
@@ -182,6 +192,10 @@ def _reader_may_be_gone() -> Iterator[None]:
     """A pipe or a terminal that is closed ends no study. Rich answers the first with SystemExit."""
     with suppress(OSError, SystemExit):
         yield
+
+
+def _stamped(line: str, style: str = "") -> Text:
+    return Text(f"{datetime.now(UTC):%H:%M:%S} {line}", style=style)
 
 
 def _takes_more(stream: IO[str]) -> bool:
