@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trainables.cards import is_crowded
+
 TAKES = """
 import sys, pathlib, trainables.cards
 print(trainables.cards.take_card(["3", "GPU-5ab"], pathlib.Path(sys.argv[1])), flush=True)
@@ -21,9 +23,28 @@ def taken(folder: Path) -> tuple[subprocess.Popen[str], str]:
     return process, process.stdout.readline().strip()
 
 
+def end(taken: tuple[subprocess.Popen[str], str]) -> None:
+    taken[0].kill()
+    taken[0].communicate()
+
+
 def taken_by(folder: Path, found: list[tuple[subprocess.Popen[str], str]]) -> str:
     found.append(taken(folder))
     return found[-1][1]
+
+
+def test_a_gpu_is_crowded_where_another_has_two_fewer(tmp_path: Path) -> None:
+    found = [taken(tmp_path) for _ in range(4)]
+    cards = ["3", "GPU-5ab"]
+    try:
+        assert not any(is_crowded(card, cards, tmp_path) for card in cards), "two and two"
+        end(found[0])
+        assert not any(is_crowded(card, cards, tmp_path) for card in cards), "one and two: to move changes nothing"
+        end(found[2])
+        assert [is_crowded(card, cards, tmp_path) for card in cards] == [False, True]
+    finally:
+        for each in found:
+            end(each)
 
 
 def test_processes_take_gpus_in_turn_and_a_killed_ones_place_is_taken_next(tmp_path: Path) -> None:

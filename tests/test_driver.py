@@ -758,6 +758,7 @@ def test_a_grid_starts_with_the_specs_own_point_then_goes_in_order_and_ends(tmp_
         search_space=GRID,
         training={"max_epochs": 1, "depth": 2, "name": "x"},
     )
+    assert (study.driver.num_open, study.record.budget_trials) == (4, 4), "though the spec's budget is 16"
     for _ in range(4):
         study.run(0.5)
     assert study.driver.ask() is None
@@ -768,7 +769,17 @@ def test_a_grid_starts_with_the_specs_own_point_then_goes_in_order_and_ends(tmp_
         {"depth": 2, "name": "y"},
     ]
     study.end()
-    assert study.record.status().state == "completed"  # though the budget is 16
+    assert study.record.status().state == "completed"
+
+
+def test_trials_that_wait_count_as_ones_that_could_run_though_the_budget_is_less_by_now(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, budget={"trials": 9})
+    for _ in range(3):
+        study.run(0.5)
+    study.begin()
+    study.begin()
+    study.resume(budget=1)
+    assert study.driver.num_open == 2
 
 
 def test_a_grid_that_is_resumed_goes_on_at_its_next_point(tmp_path: Path) -> None:
@@ -1053,6 +1064,31 @@ def test_the_number_of_trials_at_once_follows_what_their_reports_tell(
     report(7, memory_share=0.25)
     assert study.told == ["2 trials share the GPU: 1 epochs/s; trying 3"]
     assert study.driver.most_at_once == 3, "three quarters of the memory; four would take it all"
+
+
+def test_what_is_measured_beside_a_supervisor_that_died_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone on the GPU its neighbour is faster; two would seem to get more done than they do."""
+    now = [0.0]
+    monkeypatch.setattr("tune_service.driver.time.monotonic", lambda: now[0])
+    study = HandDriven(tmp_path, resources={"gpus_per_worker": "auto"}, training={"max_epochs": 99})
+    study.driver = Driver(study.spec, study.record, study.told.append, Sharing(num_gpus=1, most=2))
+    numbers = [study.begin(), study.begin()]
+
+    def report(number: int, epoch: int, seconds: float) -> None:
+        now[0] += seconds
+        result = {"number": number, "pid": number, "next_within_s": 60.0, "finished": False, "epoch": epoch}
+        result |= {"metrics": [("score", 0.5)], "saves": False, "checkpoint_bytes": None, "memory_share": 0.1}
+        study.driver.result(result)
+
+    for epoch in range(1, 5):
+        for number in numbers:
+            report(number, epoch, 1.0)
+    study.driver.supervisor_lost(numbers[0], "it was killed")
+    for epoch in range(5, 15):
+        report(numbers[1], epoch, 0.1)
+    assert study.told == ["trial 0: the trial's supervisor was lost: it was killed; starting again"]
 
 
 def test_supervisors_that_died_idle_use_up_no_restart_of_the_trials_they_are_handed(tmp_path: Path) -> None:

@@ -86,6 +86,19 @@ def test_each_driver_sees_the_others_that_live(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_frozen_driver_that_holds_no_room_keeps_none_free(tmp_path: Path) -> None:
+    own, waits, runs = (Claims(tmp_path, name) for name in "abc")
+    waits.exchange(Claim("b", running=0, wants=2, room=3))
+    runs.exchange(Claim("c", running=1, wants=2, room=3))
+    mine = Claim("a", running=0, wants=1, room=3)
+    assert [each.study for each in own.exchange(mine)] == ["b", "c"]
+    for claims in (waits, runs):
+        os.utime(claims._path, (0, 0))
+    assert [each.study for each in own.exchange(mine)] == ["c"], "its trials run on"
+    for claims in (own, waits, runs):
+        claims.close()
+
+
 def test_a_claim_is_read_whole_whatever_was_there_before(tmp_path: Path) -> None:
     one, other = Claims(tmp_path, "a"), Claims(tmp_path, "b")
     one.exchange(claim(running=123456))

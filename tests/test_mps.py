@@ -97,7 +97,7 @@ def test_a_server_of_the_users_own_is_used(control: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("cards", "most", "why_not"),
     [
-        (["0"], 49, "the service has room for 48, but 49 may run at once"),
+        (["0"], 49, "the service has room for 48, but 49 may run on a GPU"),
         (["MIG-1", "MIG-2"], 4, "the service was not tried on slices of a GPU"),
     ],
 )
@@ -248,7 +248,8 @@ def test_a_killed_driver_leaves_no_server_behind(control: Path, tmp_path: Path) 
         (1, 0.5, None, True),
         (1, 0.5, 1, False),
         (2, 1, None, False),
-        (2, 0.5, 2, True),  # both on the first
+        (2, 0.5, 2, False),  # one on each
+        (2, 0.5, 3, True),
         (2, "auto", 2, False),  # one on each
         (2, "auto", 3, True),
     ],

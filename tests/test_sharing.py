@@ -153,11 +153,33 @@ def test_a_trial_that_ran_out_of_memory_with_the_gpu_for_itself_is_not_tried_aga
     sharing = Sharing(num_gpus=1, most=8)
     for trial in (0, 1):
         sharing.handed_out(trial)
-    assert sharing.ran_out(0) is not None and sharing.ran_out(1) is not None
+    assert sharing.ran_out(0) is not None
     assert sharing.number == 1
     sharing.handed_out(0)
     assert sharing.ran_out(0) is None
     assert sharing.number == 2, "it was this trial, which fits nowhere: the others may share again"
+
+
+def test_a_trial_that_fits_nowhere_bounds_the_others_only_as_long_as_it_may_be_they_that_are_too_many() -> None:
+    sharing = Sharing(num_gpus=1, most=8)
+    sharing.handed_out(0)
+    sharing.handed_out(1)
+    sharing.lost(0)
+    assert sharing.ran_out(0) is not None and sharing.number == 1
+    assert report(sharing, range(1, 2), range(1, 20)) == ["1 trial has the GPU: 1 epochs/s"], "measured meanwhile"
+    sharing.handed_out(0)
+    assert sharing.ran_out(0) is None and sharing.number == 2
+
+
+def test_of_two_trials_that_fit_nowhere_neither_leaves_a_bound_behind() -> None:
+    sharing = Sharing(num_gpus=1, most=8)
+    for trial in (0, 1):
+        sharing.handed_out(trial)
+    assert sharing.ran_out(0) is not None and sharing.ran_out(1) is not None
+    for trial, number in ((0, 1), (1, 2)):
+        sharing.handed_out(trial)
+        assert sharing.ran_out(trial) is None
+        assert sharing.number == number
 
 
 def report(sharing: Sharing, groups: range, seconds: range) -> list[str]:

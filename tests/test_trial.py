@@ -16,6 +16,7 @@ import pytest
 
 from trainables import Context, Report
 from trainables.checkpoint import CheckpointStore
+from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
 from trainables.trial import TrialSupervisor, halved
 from trainables.worker import CHEAP_S, Task
 from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
@@ -52,6 +53,15 @@ def climbs(context: Context) -> Iterator[Report]:
     for epoch, score in enumerate(context.params["scores"][begin:], start=begin + 1):
         parts = save_model if context.params["in_parts"] else None
         yield Report(epoch, {"score": score}, partial(save, epoch=epoch), parts)
+
+
+def cleans_up(context: Context) -> Iterator[Report]:
+    try:
+        for epoch in range(1, context.max_epochs + 1):
+            yield Report(epoch, {"score": 0.0})
+    finally:
+        if context.params.get("badly"):
+            raise ValueError("the cleaning failed")
 
 
 def _ask_for_too_much() -> None:
@@ -144,6 +154,31 @@ def test_a_trial_that_is_stopped_at_a_report_writes_no_checkpoint_of_it(task: Ta
     found.reset_config({"task": asdict(replace(task, number=1))})
     found.step(), found.step(), found.step()
     assert CheckpointStore(Path(task.checkpoints)).kept() == {1: [1]}
+
+
+def test_a_trial_that_cannot_be_left_costs_the_next_one_a_new_group_and_nothing_else(task: Task) -> None:
+    task = replace(task, trainable="test_trial:cleans_up", params={"badly": True})
+    found = supervisor(task)
+    found.step(), found.step()
+    group = found._group
+    found.reset_config({"task": asdict(replace(task, number=1, params={}))})
+    assert found.step()["finished"] is False and found._group is not group
+    assert found.step()["epoch"] == 1
+
+
+@pytest.mark.parametrize("lost", [WorkerLostError, OutOfMemoryError, StepDeadlineError])
+def test_a_warm_group_that_was_lost_between_two_trials_fails_neither(task: Task, lost: type[TrialError]) -> None:
+    found = supervisor(task)
+    found.step(), found.step()
+    group = found._group
+    assert group is not None
+
+    def begin(task: Task) -> None:
+        raise lost("rank 0 was killed")
+
+    group.begin = begin  # type: ignore[method-assign]
+    found.reset_config({"task": asdict(replace(task, number=1))})
+    assert found.step()["finished"] is False and found._group is not group
 
 
 @pytest.mark.parametrize(

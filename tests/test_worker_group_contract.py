@@ -262,6 +262,19 @@ def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_so(
         two.next_report()
 
 
+def test_what_the_kernel_killed_here_says_nothing_of_a_rank_on_another_node(
+    two: RayWorkerGroup, task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.begin(task())
+    two.next_report()
+    monkeypatch.setattr("trainables.worker_group.num_oom_kills", itertools.count().__next__)
+    assert two._elsewhere == set()
+    two._elsewhere = {1}
+    os.kill(pids(two)[1], signal.SIGKILL)
+    with pytest.raises(WorkerLostError, match=r"^rank 1 died: "):
+        two.next_report()
+
+
 def test_a_rank_that_ends_its_process_is_lost_too(cluster: None, task: MakeTask) -> None:
     with ray_group() as group:
         group.begin(task("exits"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -13,14 +14,28 @@ def take_card(cards: Sequence[str], folder: Path) -> str:
 
     A lock file stands for each place on each GPU, for a lock ends with its process, however that ends.
     """
-    with (folder / "gpus").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
+    with _turn(folder):
         places = [_places(folder, number) for number in range(len(cards))]
         number = min(range(len(cards)), key=lambda number: places[number].count(False))
         free = places[number].index(True) if True in places[number] else len(places[number])
         descriptor = os.open(folder / f"gpu-{number}-{free}", os.O_WRONLY | os.O_CREAT, 0o600)  # never closed
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return cards[number]
+
+
+def is_crowded(own: str, cards: Sequence[str], folder: Path) -> bool:
+    """Whether another GPU has at least two processes fewer than this process's own: it were better there."""
+    with _turn(folder):
+        taken = [_places(folder, number).count(False) for number in range(len(cards))]
+    return taken[cards.index(own)] >= min(taken) + 2
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """One process at a time looks at the places, for a look takes them for a moment."""
+    with (folder / "gpus").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 def _places(folder: Path, number: int) -> list[bool]:

@@ -50,8 +50,9 @@ if int(os.environ.get("WORLD_SIZE", "1")) > 1:
     # has a deadline of its own, and sets variables that CUDA reads once.
     _colossalai()
 
-GROUP_TIMEOUT = timedelta(minutes=15)
-"""The last resort for a rank whose peer is stuck. The supervisor's step deadline is shorter and kills both."""
+GROUP_TIMEOUT = timedelta(days=1)
+"""The last resort for a rank whose peer is stuck. The supervisor kills both by its deadline, five times the slowest
+epoch: a shorter time here would fail a rank whose peer downloads, or scores, for long."""
 BOOST_ONE_RANK = False
 """Whether one rank alone is boosted too, for measurements."""
 DDP_TIMED_STEPS = 10

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import ray
 
-from trainables.cards import take_card
+from trainables.cards import is_crowded, take_card
+from trainables.errors import WorkerLostError
 from trainables.far import FarFiles, Mark, scratch_place
 from trainables.redaction import redacted
 from trainables.worker import RankReport, RankWorker, Task
@@ -23,6 +24,7 @@ class RankActor(RankWorker):
     def __init__(self, rank: int, world_size: int, uses_gpu: bool, cards: Sequence[str] = ()) -> None:
         """`cards`: GPUs of which it takes the one that fewest use; empty: the one that Ray chose."""
         super().__init__(rank, world_size, uses_gpu)
+        self._cards = cards
         if cards:
             os.environ["CUDA_VISIBLE_DEVICES"] = take_card(cards, scratch_place())
         self._stdout = os.dup(1)  # Ray's own log file; the rank's output goes to the trial's
@@ -44,7 +46,16 @@ class RankActor(RankWorker):
             self._files.emptied(_RESUME)
         return not self._is_far
 
+    def rendezvous_at(self, host: str, port: int) -> str:
+        """Takes the place where rank 0 will listen; returns the id of this rank's node."""
+        self.rendezvous(host, port)
+        return str(ray.get_runtime_context().get_node_id())
+
     def begin(self, task: Task) -> None:
+        """WorkerLostError, too, when another GPU has more room by now: its trials have ended, and a process stays where
+        it is."""
+        if self._cards and is_crowded(os.environ["CUDA_VISIBLE_DEVICES"], self._cards, scratch_place()):
+            raise WorkerLostError("another GPU has fewer trials")
         if self._is_far:
             resume_from = str(self._files.folder(_RESUME)) if task.resume_from else None
             task = replace(task, logs=str(self._files.emptied(_LOGS)), resume_from=resume_from)

@@ -227,7 +227,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         if self._group is not None:
             try:
                 self._group.begin(task)
-            except (WorkerLostError, StepDeadlineError):  # lost since the trial before: no fault of this one
+            except (WorkerLostError, StepDeadlineError, OutOfMemoryError):
+                # Lost since the trial before, or for its sake: no fault of this one, which has not begun anything.
                 self._drop_group()
             else:
                 return

@@ -22,6 +22,7 @@ from trainables.errors import (
     StorageUnavailableError,
     TrainableError,
     TrialError,
+    WorkerLostError,
     text_of,
 )
 from trainables.memory import gpu_memory_share, is_out_of_memory
@@ -127,8 +128,14 @@ class RankWorker:
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
     def begin(self, task: Task) -> None:
-        """Leaves the trial before and gets ready for this one: log file, import, generator. Trains nothing yet."""
-        self.end()
+        """Leaves the trial before and gets ready for this one: log file, import, generator. Trains nothing yet.
+
+        WorkerLostError when the trial before cannot be left: this one needs another process, and has no part in it.
+        """
+        try:
+            self.end()
+        except TrialError as error:
+            raise WorkerLostError(f"the trial before was not left: {error}") from None
         with _plain_errors(self._rank):
             _log_to(task.log_file(self._rank))
             trainable = resolve(task.trainable, task.import_path)

@@ -166,6 +166,8 @@ class RayWorkerGroup(WorkerGroup):
         ]
         self._far = FarRanks(self._ask)
         self._started = False
+        self._elsewhere: set[int] = set()
+        """Ranks on other nodes, whose memory is not this one's."""
         self._on_their_way: _Asked | None = None
 
     def begin(self, task: Task) -> None:
@@ -180,7 +182,9 @@ class RayWorkerGroup(WorkerGroup):
             raise RankNotStartedError(str(error)) from None
         if not self._started:
             host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0])[0]
-            self._ask(lambda rank: rank.rendezvous.remote(host, port), end - time.monotonic())
+            nodes = self._ask(lambda rank: rank.rendezvous_at.remote(host, port), end - time.monotonic())
+            here = ray.get_runtime_context().get_node_id()
+            self._elsewhere = {rank for rank, node in enumerate(nodes) if node != here}
         self._ask(lambda rank: rank.begin.remote(task), end - time.monotonic())
         self._started = True
 
@@ -273,7 +277,8 @@ class RayWorkerGroup(WorkerGroup):
                     add_to_log(self._task, rank, ray.get(self._ranks[rank].log_piece.remote(), timeout=LAST_WORDS_S))
             raise kind(_with_log(str(error.cause), self._task, rank)) from None
         except (RayActorError, GetTimeoutError) as error:
-            if tells_of_memory(str(error)) or num_oom_kills() > self._num_oom_kills:
+            may_be_memory = rank not in self._elsewhere and "its node has died" not in str(error)
+            if tells_of_memory(str(error)) or (may_be_memory and num_oom_kills() > self._num_oom_kills):
                 why = f"out of memory: rank {rank} was killed: {_one_line(error)}"
                 raise OutOfMemoryError(_with_log(why, self._task, rank)) from None
             raise WorkerLostError(_with_log(f"rank {rank} died: {_one_line(error)}", self._task, rank)) from None

@@ -12,7 +12,7 @@ from trainables.memory import CUDA_BYTES
 from trainables.stores import GIB
 from tune_service.check import Check
 from tune_service.cluster_room import NodeKind
-from tune_service.estimate import most_trials, sharing
+from tune_service.estimate import most_trials
 from tune_service.node_look import METRICS, OPEN, REFUSED, SILENT, UNKNOWN
 from tune_service.spec import StudySpec
 
@@ -222,7 +222,7 @@ def memory(spec: StudySpec, step: Mapping[str, float], nodes: Sequence[Node]) ->
     most = min(spec.budget.concurrent_trials or trials, trials) * resources.workers
     if step["gpu_bytes"]:
         peak += CUDA_BYTES
-        rooms = [(sharing(resources), step["gpu_bytes"], "the GPU")]
+        rooms = [(resources.ranks_on_a_gpu, step["gpu_bytes"], "the GPU")]
     else:
         rooms = [
             (NodeKind(int(node.cpus), int(node.gpus), 1).ranks(resources), node.found["memory_bytes"], node.name)

@@ -53,6 +53,8 @@ class Driver:
         self._failures = Failures(spec.faults)
         self._values: dict[int, float] = {}
         """The objective in each trial's last report."""
+        self._groups: dict[int, int] = {}
+        """Trial -> the worker group that it reported from, as `sharing` knows it."""
         self._begun: set[int] = set()
         """Trials that their present supervisor has taken."""
         self._stop: Mapping[str, Any] | None = None
@@ -64,6 +66,8 @@ class Driver:
         self._grid: list[dict[str, Any]] | None = None
         if spec.sampler.name == "grid":
             self._grid = grid_points(spec.domains, spec.first_params(), record.budget_trials)
+            if len(self._grid) < record.budget_trials:
+                record.set_budget(len(self._grid))
 
     # Events
 
@@ -98,7 +102,8 @@ class Driver:
     @property
     def num_open(self) -> int:
         """Trials that could run now: those without an end, and those that the budget still allows."""
-        return 0 if self.stopping else self._record.budget_trials - self._kept.num_ended
+        known = max(self._record.budget_trials, self._kept.num_trials)
+        return 0 if self.stopping else known - self._kept.num_ended
 
     def notice(self, text: str | None) -> None:
         """What people should know of the place where the trials run."""
@@ -141,6 +146,8 @@ class Driver:
 
     def supervisor_lost(self, number: int, why: str) -> None:
         """The supervisor's process is gone, and with it Tune's trial. Ours is next in line, for another supervisor."""
+        if self._sharing is not None and number in self._groups:
+            self._sharing.lost(self._groups[number])
         if not self._has_ended(number):
             reason = f"the trial's supervisor was lost: {why}"
             if self.stopping:
@@ -182,14 +189,11 @@ class Driver:
 
     # Decisions
 
-    def _plan(self, number: int) -> Mapping[str, Any] | None:
+    def _plan(self, number: int) -> Mapping[str, Any]:
         """The given values of a new trial: the spec's own first, then a grid's points; the sampler does the rest."""
         if self._grid is None:
             return self._spec.first_params() if number == 0 else {}
-        if number < len(self._grid):
-            return self._grid[number]
-        self._record.set_exhausted()
-        return None
+        return self._grid[number]
 
     def _report(self, number: int, result: Mapping[str, Any]) -> bool:
         epoch, metrics = int(result["epoch"]), dict(result["metrics"])
@@ -275,7 +279,8 @@ class Driver:
 
     def _learn(self, number: int, result: Mapping[str, Any], sharing: Sharing) -> None:
         """Of what sharing GPUs costs, from one result."""
-        group = result["pid"]  # Tune's word for the supervisor's process, which has one worker group at a time
+        # Tune's word for the supervisor's process, which has one worker group at a time.
+        group = self._groups[number] = result["pid"]
         if "failure" in result:
             sharing.lost(group)
         elif "memory_share" in result:
@@ -295,6 +300,7 @@ class Driver:
         """No supervisor holds the trial any more."""
         self._due.pop(number, None)
         self._values.pop(number, None)
+        self._groups.pop(number, None)
         self._kept.left(number, self._record.end_of(number))
 
 

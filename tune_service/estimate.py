@@ -12,7 +12,7 @@ from trainables.worker import CHEAP_S, KEPT_FREE, START_DEADLINE_S
 from tune_service.check import Check
 from tune_service.kept import BYTES_PER_PARAMETER
 from tune_service.scheduler import Asha
-from tune_service.spec import ResourcesSpec, StudySpec
+from tune_service.spec import StudySpec
 
 HOUR_S = 3600.0
 PLAYED_STUDIES, PLAYED_TRIALS = 40, 200
@@ -47,7 +47,7 @@ def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_b
     whole_s = BYTES_PER_PARAMETER * step["parameters"] / storage_bytes_s
     # Where it takes long it is seldom written: in between, the model of a best epoch is a third of it.
     save_s = whole_s if whole_s < CHEAP_S else min(whole_s, train_s / KEPT_FREE + whole_s / 3)
-    share = min(sharing(resources), max(1, at_once))
+    share = min(resources.ranks_on_a_gpu, max(1, at_once))
     epoch_s = train_s + save_s, (train_s + save_s) * share
     most = float(trials * spec.max_epochs)
     epochs = (min(most, expected_epochs(spec)), most)
@@ -105,11 +105,6 @@ def too_long(spec: StudySpec, found: Estimate) -> Check | None:
         f"{deadline_s:.0f} s is ended"
     )
     return Check("estimate", False, told, f"faults.step_timeout_s: {3 * found.silent_s:.0f}", code=2)
-
-
-def sharing(resources: ResourcesSpec) -> int:
-    """How many ranks share a GPU."""
-    return max(1, int(1 / resources.gpu_share + 1e-9)) if resources.gpu_share else 1
 
 
 def _times(low_s: float, high_s: float) -> str:

@@ -14,11 +14,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _EPSILON = 1e-9
+SILENT_S = 15.0
+"""A driver says every second or so what it claims."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ class Claims:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return Claim(**json.loads(file.read()))
+                    claim = Claim(**json.loads(file.read()))
+                    is_silent = time.time() - path.stat().st_mtime > SILENT_S
+                    return None if is_silent and not claim.running else claim  # a frozen driver waits for nothing
                 path.unlink(missing_ok=True)
         except (FileNotFoundError, ValueError):  # it has just ended, or begun
             pass

@@ -91,6 +91,10 @@ class KeptCheckpoints:
                 trial.saw(value, report.epoch, self._objective)
 
     @property
+    def num_trials(self) -> int:
+        return len(self._trials)
+
+    @property
     def num_ended(self) -> int:
         return sum(trial.end is not None for trial in self._trials.values())
 

@@ -65,7 +65,7 @@ def fit(resources: ResourcesSpec, machine: Machine, concurrent_trials: int | Non
     limits = [by_cpus]
     gpus = resources.gpu_share
     if 0 < gpus < 1:
-        limits.append(machine.gpus * _floor(1 / gpus))  # a share lies on one GPU: two rests make no share
+        limits.append(machine.gpus * resources.ranks_on_a_gpu)  # a share lies on one GPU: two rests make no share
     elif gpus:
         limits.append(_floor(machine.gpus / (resources.workers * gpus)))
     if concurrent_trials is not None:

@@ -76,7 +76,8 @@ class SideBySide:
 def side_by_side(folder: Path, cards: Sequence[str], most: int) -> Iterator[SideBySide]:
     """Starts the server for all processes that are started within, each on one of `cards` by CUDA_VISIBLE_DEVICES.
 
-    `most`: trials at once. `folder` is made, for this user alone. A server that the environment names is used as it is.
+    `most`: processes on one of them at once. `folder` is made, for this user alone. A server that the environment names
+    is used as it is.
     """
     if PIPES in os.environ:
         yield SideBySide(None)
@@ -85,7 +86,7 @@ def side_by_side(folder: Path, cards: Sequence[str], most: int) -> Iterator[Side
         yield SideBySide(None, "the service was not tried on slices of a GPU")
         return
     if most > MOST_CLIENTS:
-        yield SideBySide(None, f"the service has room for {MOST_CLIENTS}, but {most} may run at once")
+        yield SideBySide(None, f"the service has room for {MOST_CLIENTS}, but {most} may run on a GPU")
         return
     if shutil.which(CONTROL) is None:
         yield SideBySide(None, f"{CONTROL}, which would let them run side by side, is not installed")

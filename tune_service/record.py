@@ -91,21 +91,20 @@ class Record(RecordView):
     # What the driver writes
 
     def ask(
-        self, distributions: dict[str, BaseDistribution], plan: Callable[[int], Mapping[str, Any] | None]
+        self, distributions: dict[str, BaseDistribution], plan: Callable[[int], Mapping[str, Any]]
     ) -> AskedTrial | None:
         """The next trial: one that waits, else a new one while the budget lasts.
 
-        `plan(number)` gives values for a new trial, which the sampler completes; None ends the study.
+        `plan(number)` gives values for a new trial, which the sampler completes.
         """
         trials = self._trials()
         if any(trial.state == OptunaState.WAITING for trial in trials):
             number = self._study.ask(distributions).number
         else:
             number = len(trials)
-            values = plan(number) if number < self.budget_trials else None
-            if values is None:
+            if number >= self.budget_trials:
                 return None
-            params = suggest(self._study, number, values, distributions)
+            params = suggest(self._study, number, plan(number), distributions)
             # Whole, in one append: a trial that has a number has its parameters.
             new = create_trial(state=OptunaState.RUNNING, params=params, distributions=distributions)
             self._storage.create_new_trial(self._study._study_id, new)
@@ -197,11 +196,6 @@ class Record(RecordView):
         """What keeps trials waiting, in words; None: nothing does."""
         if self.notice != text:
             self._study.set_user_attr("notice", text)
-
-    def set_exhausted(self) -> None:
-        """A grid came to its last point before the budget did."""
-        if not self._exhausted:
-            self._study.set_user_attr("exhausted", True)
 
     def set_saves(self, number: int) -> None:
         """The trial's reports come with checkpoints, so that a missing one is a loss."""

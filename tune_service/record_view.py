@@ -134,14 +134,10 @@ class RecordView:
         if self.failure is not None:
             return "failed"
         ended = [trial for trial in trials if trial.state in _STATES.values()]
-        done = len(ended) == len(trials) and (len(trials) >= self.budget_trials or self._exhausted)
+        done = len(ended) == len(trials) and len(trials) >= self.budget_trials
         if not done:
             return "stopped" if self.stop_request is not None else "interrupted"
         return "failed" if all(trial.state == "failed" for trial in trials) else "completed"
-
-    @property
-    def _exhausted(self) -> bool:
-        return bool(self._attrs.get("exhausted", False))
 
     def saves(self, number: int) -> bool:
         """Whether the trial's reports come with checkpoints, so that a missing one is a loss."""

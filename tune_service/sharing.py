@@ -65,8 +65,8 @@ class Sharing:
         self._of_largest = 0.0
         """Of the largest trial that has reported."""
         self._trials: dict[int, _Shared] = {}
-        self._most_before: dict[int, int] = {}
-        """Trial -> the bound before it ran out of memory for the first time."""
+        self._bounds: dict[int, int] = {}
+        """Trial that ran out of memory -> as many trials at once as may be since."""
         self._warm: set[int] = set()
         """Worker groups that have finished an epoch."""
         self._lanes: dict[int, _Lane] = {}
@@ -74,10 +74,11 @@ class Sharing:
     @property
     def number(self) -> int:
         """How many trials may run at once, on all GPUs together."""
+        number = min(self._target, self._most, *self._bounds.values())
         if not self._peak:
-            return min(self._target, self._most)
+            return number
         each = max(1, math.floor(MEMORY_USED / self._need + 1e-9))
-        return min(self._target, self._most, each * self._num_gpus)
+        return min(number, each * self._num_gpus)
 
     @property
     def _need(self) -> float:
@@ -110,11 +111,11 @@ class Sharing:
         """The trial ran out of memory, and its group was `lost`. None: by itself; else it is to be tried again."""
         shared, number = self._trials[trial], self.number
         if max(shared.number_at_start, number) <= self._num_gpus:
-            self._most = self._most_before.pop(trial, self._most)  # it was this trial, not that there were others
+            self._bounds.pop(trial, None)  # it was this trial, not that there were others
             return None
-        self._most_before.setdefault(trial, self._most)
-        if shared.number_when_well <= number:  # else that was done since for another, which ran out at the same time
-            self._most = max(1, min(self._most, self._num_gpus * max(1, math.ceil(number / self._num_gpus) - 1)))
+        fewer = self._num_gpus * max(1, math.ceil(number / self._num_gpus) - 1)
+        # The number may be lower already, for another that ran out at the same time.
+        self._bounds[trial] = fewer if shared.number_when_well <= number else number
         return f"{self._share(self.number)} from now on: trial {trial} ran out of memory and is tried again"
 
     def _measure(self, group: int, now_s: float) -> str | None:

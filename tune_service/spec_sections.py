@@ -82,6 +82,11 @@ class ResourcesSpec(Settings):
         """How much of a GPU each worker asks Ray for; with `auto` so little that the study's own bound is narrower."""
         return 1 / MOST_SHARING if self.gpus_per_worker == "auto" else self.gpus_per_worker
 
+    @property
+    def ranks_on_a_gpu(self) -> int:
+        """How many share one, at most."""
+        return max(1, int(1 / self.gpu_share + 1e-9)) if self.gpu_share else 1
+
 
 class CheckpointSpec(Settings):
     budget_gib: PositiveFloat = 20.0

@@ -41,16 +41,18 @@ class ThisMachine:
         with scratch_folder() as scratch, ExitStack() as services:
             shared = None
             if self.some_share_a_gpu(spec):
-                shared = services.enter_context(side_by_side(scratch / "mps", self.room.cards, concurrent))
+                on_one = min(concurrent, spec.resources.ranks_on_a_gpu)
+                shared = services.enter_context(side_by_side(scratch / "mps", self.room.cards, on_one))
             services.enter_context(local_ray(scratch, self.room.cpus, self.room.gpus, spec.name, on_lost))
             yield LocalSession(scratch, concurrent, self.room.cpus, cards=cards, shared=shared)
 
     def some_share_a_gpu(self, spec: StudySpec) -> bool:
-        """Whether two trials may run on one GPU. Ray, where it is left to it, fills one before it begins the next."""
-        return 0 < spec.resources.gpu_share < 1 and self._concurrent(spec) > (len(self._cards(spec)) or 1)
+        """Whether two trials may run on one GPU."""
+        return 0 < spec.resources.gpu_share < 1 and self._concurrent(spec) > self.room.gpus
 
     def _cards(self, spec: StudySpec) -> tuple[str, ...]:
-        return self.room.cards if spec.resources.finds_share and self.room.gpus > 1 else ()
+        """Of which each trial takes the one that fewest use. Ray would fill one before it begins the next."""
+        return self.room.cards if 0 < spec.resources.gpu_share < 1 and self.room.gpus > 1 else ()
 
     def end_all(self) -> None:
         end_children()
