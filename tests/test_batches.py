@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trainables.batches import Encoded, bucket_width, encode, epoch_batches, eval_batches, pad
+from trainables.batches import Encoded, bucket_width, encode, epoch_batches, eval_batches, pad, separate_pairs
 from trainables.config import DataConfig
 from trainables.data import read_texts
 from trainables.errors import DataError
@@ -42,6 +42,7 @@ def word_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         fast.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     else:
         fast.add_special_tokens({"sep_token": "[SEP]"})
+    separate_pairs(fast)
     return fast
 
 
@@ -197,6 +198,7 @@ def mrpc(data_dir: Path) -> Encoded:
 
     tokenizer = AutoTokenizer.from_pretrained(data_dir / "gpt2-tokenizer")
     tokenizer.add_special_tokens({"pad_token": "[PAD]", "sep_token": "[SEP]"})
+    separate_pairs(tokenizer)
     data = read_texts(DataConfig(task="mrpc", path=str(data_dir / "glue" / "mrpc")))
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 3668, "validation": 408}
     return encode(tokenizer, data.splits["train"].texts, 128)

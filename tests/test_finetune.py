@@ -269,27 +269,18 @@ def test_the_learning_rate_follows_the_schedule_whatever_the_world_size(
 # ---- evaluation and export
 
 
-def plain_logits(model_folder: Path, data: DataConfig, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The logits of an exported model, one row at a time and without padding, and the labels."""
+def plain_logits(model_folder: Path, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of an exported model, one row at a time as anybody would ask for them, and the labels."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from trainables.batches import encode
     from trainables.data import read_texts
 
     model = AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     split = read_texts(data).splits["validation"]
-    encoded = encode(AutoTokenizer.from_pretrained(model_folder), split.texts, max_length)
-
-    def row_logits(row: int) -> torch.Tensor:
-        begin, end = encoded.offsets[row : row + 2]
-        inputs = {"input_ids": torch.as_tensor(encoded.ids[None, begin:end].astype(np.int64))}
-        if encoded.token_type_ids is not None:  # BERT: which of the two texts a token is of
-            inputs["token_type_ids"] = torch.as_tensor(encoded.token_type_ids[None, begin:end].astype(np.int64))
-        return model(**inputs).logits[0]
-
     with torch.inference_mode():
-        rows = [row_logits(row) for row in range(len(split))]
+        rows = [model(**tokenizer(*texts, truncation=True, return_tensors="pt")).logits[0] for texts in split.texts]
     return torch.stack(rows).numpy().astype(np.float64), split.labels
 
 
@@ -310,7 +301,7 @@ def test_the_exported_model_scores_exactly_what_was_reported(
         metrics = two.curve(settings(source, precision=precision), save=(2, folder))[1]
     else:
         metrics = without_clock(saved(settings(source, precision=precision), 2, folder).metrics)
-    logits, labels = plain_logits(folder / "model", DataConfig(**source), 32)
+    logits, labels = plain_logits(folder / "model", DataConfig(**source))
     predicted = logits.argmax(axis=1)
     assert metrics["eval_accuracy"] == score(str(folder / "model"), DataConfig(**source))
     assert metrics["eval_accuracy"] == float((predicted == labels).mean())
@@ -494,7 +485,7 @@ def test_a_data_set_of_ones_own_trains_with_its_own_classes(
     data = {"path": str(tmp_path / "trec"), "text": ["sentence"]}
     report = saved(settings(data, max_epochs=1), 1, tmp_path / "checkpoint")
     assert set(report.metrics) == set(metric_names(None))
-    logits, labels = plain_logits(tmp_path / "checkpoint" / "model", DataConfig(**data), 32)
+    logits, labels = plain_logits(tmp_path / "checkpoint" / "model", DataConfig(**data))
     assert logits.shape == (32, 6)
     assert report.metrics["eval_accuracy"] == float((logits.argmax(axis=1) == labels).mean())
 
@@ -509,7 +500,7 @@ def test_a_pretrained_model_trains_on_real_pairs(data_dir: Path, models_dir: Pat
     report = saved(settings, 1, tmp_path / "checkpoint")
     assert set(report.metrics) == set(metric_names("mrpc"))
     assert report.metrics["train_loss"] < 0.8  # ln 2 = 0.69 for a coin
-    logits, labels = plain_logits(tmp_path / "checkpoint" / "model", DataConfig(**settings["data"]), 64)
+    logits, labels = plain_logits(tmp_path / "checkpoint" / "model", DataConfig(**settings["data"]))
     assert report.metrics["eval_accuracy"] == float((logits.argmax(axis=1) == labels).mean())
     assert report.metrics["eval_loss"] == pytest.approx(cross_entropy(logits, labels), abs=1e-5)
     shutil.rmtree(tmp_path / "checkpoint")

@@ -185,6 +185,21 @@ def test_decoders_get_a_padding_token_of_their_own_and_a_separator(family: str, 
     assert (tokenizer.pad_token_id, tokenizer.sep_token_id) == (old, old + 1)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_an_exported_tokenizer_gives_the_rows_that_were_trained_on(
+    family: str, tokenizer_folder: MakeFolder, tmp_path: Path
+) -> None:
+    """`tokenizer(a, b, truncation=True)`, with nothing of ours."""
+    tokenizer = load_tokenizer(scratch(tokenizer_folder(family)))
+    tokenizer.model_max_length = 8
+    tokenizer.save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    for texts in (("apple bread", "figs"), ("apple bread " * 5, "figs bread"), ("figs",), ("apple bread " * 5,)):
+        trained = encode(tokenizer, [texts], 8).row(0)
+        assert exported(*texts, truncation=True)["input_ids"] == trained
+        assert trained.count(tokenizer.sep_token_id) == len(texts) - 1 + (family == "bert")
+
+
 def test_berts_tokenizer_stays_as_it_is(tokenizer_folder: MakeFolder) -> None:
     tokenizer = load_tokenizer(scratch(tokenizer_folder("bert")))
     assert len(tokenizer) == 5 + len(WORDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from trainables.data import Text
 from trainables.errors import DataError, Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TOKENIZE_ROWS = 1024
 """Texts handed to the tokenizer at once: its answer is Python lists, 20 times the size of the arrays kept of it."""
@@ -47,16 +47,32 @@ class Encoded:
         return [int(token) for token in self.ids[self.offsets[index] : self.offsets[index + 1]]]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> Encoded:
-    """Token ids of every row, special tokens included, none longer than `max_length`.
+def separate_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Has `tokenizer(a, b)` put its separator between two texts, and the tokenizer that is saved from it too.
 
-    Two texts become what the tokenizer was made for: its own template where that separates them (BERT), else
-    A [SEP] B, since GPT-2 and Llama would run the last word of A into the first of B. The longer one is cut first.
+    BERT's does so by itself. GPT-2's and Llama's would run the last word of the first text into the second one.
     """
+    from tokenizers.processors import TemplateProcessing
+
+    if tokenizer.sep_token_id in tokenizer("a", "b")["input_ids"]:
+        return
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    before, after, between = whole[:start], whole[start + len(bare) :], [tokenizer.sep_token_id]
+    name = dict(zip(ids := [*before, *between, *after], tokenizer.convert_ids_to_tokens(ids), strict=True))
+    parts = [name[each] for each in before], [name[each] for each in between], [name[each] for each in after]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*parts[0], "$A", *parts[2]],
+        pair=[*parts[0], "$A", *parts[1], "$B", *parts[2]],
+        special_tokens=[(token, number) for number, token in name.items()],
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> Encoded:
+    """Token ids of every row, special tokens included, none longer than `max_length`: of two texts the longer one is
+    cut first. They are what `tokenizer(a, b, truncation=True, max_length=max_length)` gives."""
     is_pair = len(texts[0]) == 2
-    joins = is_pair and tokenizer.sep_token_id not in tokenizer("a", "b")["input_ids"]
-    edges = _edges(tokenizer) if joins else ([], [])
-    specials = len(edges[0]) + len(edges[1]) + 1 if joins else tokenizer.num_special_tokens_to_add(pair=is_pair)
+    specials = tokenizer.num_special_tokens_to_add(pair=is_pair)
     shortest = specials + len(texts[0])
     if max_length < shortest:
         rule = "max_length leaves at least one token for each text"
@@ -68,41 +84,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length
     types: list[np.ndarray] = []
     for start in range(0, len(texts), TOKENIZE_ROWS):
         batch = texts[start : start + TOKENIZE_ROWS]
-        if joins:
-            rows = list(_join_pairs(tokenizer, batch, max_length, edges))
-        else:
-            encoded = tokenizer(*map(list, zip(*batch, strict=True)), truncation=True, max_length=max_length)
-            rows = [row or [_filler(tokenizer)] for row in encoded["input_ids"]]
-            if "token_type_ids" in encoded:
-                types.append(_flat(encoded["token_type_ids"]))
+        encoded = tokenizer(*map(list, zip(*batch, strict=True)), truncation=True, max_length=max_length)
+        rows = [row or [_filler(tokenizer)] for row in encoded["input_ids"]]
+        if "token_type_ids" in encoded:
+            types.append(_flat(encoded["token_type_ids"]))
         ids.append(_flat(rows))
         lengths += map(len, rows)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Encoded(np.concatenate(ids), offsets, np.concatenate(types) if types else None)
-
-
-def _join_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Text], max_length: int, edges: tuple[list[int], list[int]]
-) -> Iterator[list[int]]:
-    prefix, suffix = edges
-    separator = tokenizer.sep_token_id
-    assert separator is not None, "load_tokenizer gives a tokenizer without a separator one"
-    budget = max_length - len(prefix) - len(suffix) - 1
-    firsts, seconds = (
-        tokenizer(list(column), add_special_tokens=False, truncation=True, max_length=budget)["input_ids"]
-        for column in zip(*pairs, strict=True)
-    )
-    for a, b in zip(firsts, seconds, strict=True):
-        keep = max(budget - len(b), (budget + 1) // 2)
-        a = a[:keep]
-        yield [*prefix, *a, separator, *b[: budget - len(a)], *suffix]
-
-
-def _edges(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after one text, such as Llama's BOS."""
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
 
 
 def _filler(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -69,6 +69,7 @@ def _texts(data_json: str) -> TextData:
 def _prepared(model_json: str, data_json: str, max_length: int) -> tuple[Any, Prepared]:
     """(tokenizer, data). Cached over the trials that a warm worker group runs."""
     tokenizer = load_tokenizer(ModelConfig.model_validate_json(model_json))
+    tokenizer.model_max_length = max_length  # where it is exported, `truncation=True` cuts as training did
     texts = _texts(data_json)
     encoded = {name: encode(tokenizer, split.texts, max_length) for name, split in texts.splits.items()}
     train_labels = torch.as_tensor(texts.splits["train"].labels)

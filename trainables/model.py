@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
+from trainables.batches import separate_pairs
 from trainables.config import ModelConfig
 from trainables.errors import ModelError, Problem
 from trainables.model_files import check_local, local_folder
@@ -36,7 +37,7 @@ _OURS = frozenset({"num_labels", "id2label", "label2id", "problem_type", "pad_to
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of `model.name`, with a padding token of its own and a separator.
+    """The tokenizer of `model.name`, with a padding token of its own and a separator between two texts.
 
     GPT-2 has neither. Where padding is the end-of-text token, the classifier could not tell where a text ends.
     """
@@ -51,6 +52,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if tokenizer.sep_token_id is None:
         tokenizer.add_special_tokens({"sep_token": "[SEP]"})
+    separate_pairs(tokenizer)
     # `encode` cuts and `pad` fills on the right; the saved tokenizer must do the same.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer

@@ -254,7 +254,8 @@ def opened(folder: Path) -> Iterator[Program]:
     found = Program(folder)
     try:
         yield found
-        assert found.leftovers() == []
+        left = found.leftovers()
+        assert not left, left
     finally:
         found.close()
 

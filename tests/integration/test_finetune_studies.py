@@ -102,7 +102,7 @@ def test_the_best_model_opens_and_scores_what_the_study_says(
     assert {path.name for path in out.iterdir()} == {"model", "config.yaml", "metrics.json"}
     assert json.loads((out / "metrics.json").read_text())["value"] == best["value"]
     command = [sys.executable, "-m", "trainables.score", str(out / "model"), str(pairs), "sentence1", "sentence2"]
-    found = subprocess.run([*command, "--max-length", "64"], capture_output=True, text=True, cwd=ROOT, check=True)
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert math.isclose(float(found.stdout), best["value"])
 
 
