@@ -117,6 +117,14 @@ def test_every_problem_has_the_line_of_its_key(finetune: dict[str, Any], tmp_pat
     assert {problem.place for problem in refusal.value.problems} == {f"{path}:{line} data.label"}
 
 
+def test_the_longest_rows_of_the_search_space_must_fit_the_model(finetune: dict[str, Any], tmp_path: Path) -> None:
+    finetune["model"]["config"] |= {"n_positions": 64}
+    finetune["training"] = {"max_length": 32}
+    assert checks(finetune, tmp_path)["model"].ok
+    finetune["search_space"] |= {"max_length": {"int_uniform": [16, 65]}}
+    assert load_problems(finetune, tmp_path) == {"training.max_length": "65"}
+
+
 def test_what_is_wrong_by_itself_is_not_reported_a_second_time(finetune: dict[str, Any], tmp_path: Path) -> None:
     finetune["data"] |= {"path": "nowhere"}
     finetune["model"] |= {"name": "./nowhere"}

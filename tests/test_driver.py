@@ -1012,6 +1012,14 @@ def test_trials_that_are_too_many_for_the_budget_wait_until_fewer_run(tmp_path: 
     assert study.trial(3).state == "failed"
 
 
+def test_what_the_user_wrote_wrong_is_not_tried_again(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 2})
+    number = study.begin()
+    reason = "rank 0 raised ModelError: model: can be opened"
+    assert not study.driver.result({"number": number, "next_within_s": 60.0, "failure": reason, "fault": "input"})
+    assert (study.trial(number).state, study.trial(number).restarts) == ("failed", 0)
+
+
 def test_a_trial_that_runs_out_of_memory_beside_others_on_its_gpu_waits_until_fewer_run(tmp_path: Path) -> None:
     study = HandDriven(tmp_path, resources={"gpus_per_worker": "auto"}, faults={"on_oom": "fail"})
     study.driver = Driver(study.spec, study.record, study.told.append, Sharing(num_gpus=1, most=8))

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from trainables.config import ModelConfig
-from trainables.model_files import check_model_files, least_parameters
+from trainables.model_files import check_config, check_model_files, least_parameters
 
 
 def folder_with(folder: Path, **files: str) -> Path:
@@ -150,6 +151,27 @@ def test_a_model_in_the_cache_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_name_the_hub_could_never_have_is_a_problem() -> None:
     (problem,) = check_model_files(ModelConfig(name="two words"))
     assert problem.rule == "a hub name is NAME or OWNER/NAME"
+
+
+@pytest.mark.parametrize(
+    ("config", "max_length", "places"),
+    [
+        ({}, 64, []),
+        ({}, 65, ["training.max_length"]),
+        ({"n_positions": 128}, 65, []),
+        ({"max_position_embeddings": 128}, 65, []),  # GPT-2 knows it by both names
+        ({"vocab_size": 10, "num_labels": 7}, 64, ["model.config.vocab_size", "model.config.num_labels"]),
+        ({"n_head": 3}, 64, ["model.config"]),
+        ({"n_head": 3, "n_embd": 48}, 64, []),
+        ({"n_head": "three"}, 64, []),  # Transformers knows what it says to that
+    ],
+)
+def test_what_a_config_cannot_be_shows_before_a_trial(
+    tmp_path: Path, config: dict[str, Any], max_length: int, places: list[str]
+) -> None:
+    folder = folder_with(tmp_path, config__json='{"n_positions": 64, "n_embd": 64, "n_head": 4}')
+    found = check_config(ModelConfig(name=str(folder), config=config), max_length)
+    assert [problem.place for problem in found] == places
 
 
 def test_asking_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import os
 import pickle
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainables import Context, Report
-from trainables.errors import StorageUnavailableError, TrainableError, TrialError
+from trainables.errors import InputError, ModelError, Problem, StorageUnavailableError, TrainableError, TrialError
 from trainables.worker import LISTENER, LOG_LINES, RankReport, RankWorker, Task, log_tail, resolve
 
 pytestmark = pytest.mark.usefixtures("as_a_rank")
@@ -139,7 +140,7 @@ def failure(worker: RankWorker) -> TrialError:
     with pytest.raises(TrialError) as raised:
         while worker.next_report() is not None:
             pass
-    assert type(raised.value) is TrialError
+    assert type(raised.value) in (TrialError, InputError)
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # noqa: S301  (Ray sends it so)
     return raised.value
 
@@ -220,8 +221,21 @@ def test_anything_else_than_a_report_is_refused_with_what_is_right(
 
 
 def test_a_trainable_that_is_no_generator_fails_when_it_begins(begun: Callable[..., RankWorker]) -> None:
-    with pytest.raises(TrialError, match=r"rank 0 raised .*None"):
-        begun(lambda context: None)
+    with pytest.raises(InputError, match=r"is a generator function; found \S+ returned int 7"):
+        begun(lambda context: 7)
+
+
+def test_what_the_user_wrote_is_told_from_a_hub_that_is_away(begun: Callable[..., RankWorker]) -> None:
+    """The first would end the same again; the second may be there when the trial is tried again."""
+
+    def train(context: Context, cause: Exception | None) -> Iterator[Report]:
+        raise ModelError(Problem("model", "can be opened", "nothing", "a model")) from cause
+        yield
+
+    for cause, kind in ((None, InputError), (ValueError("n_head"), InputError), (OSError("no connection"), TrialError)):
+        with pytest.raises(TrialError, match="rank 0 raised ModelError: model: can be opened") as raised:
+            begun(partial(train, cause=cause)).next_report()
+        assert type(raised.value) is kind
 
 
 def test_a_failed_save_is_a_failure_of_the_rank(begun: Callable[..., RankWorker], tmp_path: Path) -> None:

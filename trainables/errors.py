@@ -106,6 +106,10 @@ class CheckpointBudgetError(TrialError):
     """A checkpoint does not fit into the study's budget beside what must be kept."""
 
 
+class InputError(TrialError):
+    """What the user wrote is wrong: the same again would end the same."""
+
+
 class WorkerLostError(TrialError):
     """A rank's process is gone."""
 

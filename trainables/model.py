@@ -24,16 +24,13 @@ from transformers.activations import NewGELUActivation
 from trainables.batches import separate_pairs
 from trainables.config import ModelConfig
 from trainables.errors import ModelError, Problem
-from trainables.model_files import check_local, local_folder
+from trainables.model_files import FOLLOWING, check_local, local_folder
 
 # In a rank's log a bar is a line for every epoch that says nothing, and hides what a failure says.
 transformers.utils.logging.disable_progress_bar()
 
 _FAMILIES = {"GPT2Tokenizer": "gpt2", "BertTokenizer": "bert", "LlamaTokenizer": "llama"}
 """The model type of a tokenizer class, for a folder that holds a tokenizer and no config."""
-
-_OURS = frozenset({"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "vocab_size", "dtype"})
-"""Config keys that follow from the data, the tokenizer and the training: an override would contradict them."""
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
@@ -162,7 +159,7 @@ def _known_overrides(config_class: type[PreTrainedConfig], overrides: dict[str, 
         overrides = dict.fromkeys(_dropouts(fields), value) | {k: v for k, v in overrides.items() if k != "dropout"}
     problems = []
     for key in overrides:
-        if key in _OURS or key == "model_type":
+        if key in FOLLOWING or key == "model_type":
             problems.append(Problem(f"model.config.{key}", "it follows from the rest of the spec", key, "no such key"))
         elif key not in fields | aliases.keys():
             near = difflib.get_close_matches(key, sorted(fields | aliases.keys()), n=5, cutoff=0.5)

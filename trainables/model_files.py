@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from trainables.config import ModelConfig
 from trainables.errors import Problem
 
 HUB_TIMEOUT_S = 5.0
+FOLLOWING = frozenset({"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "vocab_size", "dtype"})
+"""Config keys that follow from the data, the tokenizer and the training: an override would contradict them."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _INDEX = "model.safetensors.index.json"
@@ -63,6 +66,30 @@ def check_model_files(model: ModelConfig) -> list[Problem]:
     if problems := check_local(model):
         return problems
     return [] if local_folder(model.name) else _check_hub(model.name, model.from_scratch)
+
+
+def check_config(model: ModelConfig, max_length: int) -> list[Problem]:
+    """What the model's config, with the overrides in it, cannot be: as far as that shows without Transformers."""
+    folder = local_folder(model.name)
+    file = folder / "config.json" if folder is not None else None
+    configs = model.config, _read(file) if file is not None and file.is_file() else {}
+    rule, expected = "it follows from the rest of the spec", "no such key"
+    problems = [Problem(f"model.config.{key}", rule, key, expected) for key in model.config if key in FOLLOWING]
+    positions = _size(configs, "n_positions", "max_position_embeddings")
+    if positions and max_length > positions:
+        rule = "max_length is at most the model's positions"
+        problems.append(Problem("training.max_length", rule, str(max_length), f"at most {positions}"))
+    width, heads = _size(configs, "n_embd", "hidden_size"), _size(configs, "n_head", "num_attention_heads")
+    if width and heads and width % heads and not _size(configs, "head_dim"):
+        rule = "the width is a multiple of the number of heads"
+        problems.append(Problem("model.config", rule, f"{width} and {heads}", "such as 64 and 4"))
+    return problems
+
+
+def _size(configs: Sequence[Mapping[str, Any]], *names: str) -> int:
+    """What the first of some configs says that has one of the names; 0 where none has, or it is no whole number."""
+    value = next((config[name] for config in configs for name in names if name in config), 0)
+    return value if isinstance(value, int) else 0
 
 
 def check_local(model: ModelConfig) -> list[Problem]:

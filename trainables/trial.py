@@ -17,6 +17,7 @@ from trainables.bucket_logs import TrialLogs
 from trainables.checkpoint import Manifest
 from trainables.errors import (
     CheckpointBudgetError,
+    InputError,
     OutOfMemoryError,
     RankNotStartedError,
     StepDeadlineError,
@@ -67,8 +68,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     none in a report from before that is told again), `saves` (its checkpoint is the next result), `owes` (a whole one
     comes, now or with a later report, where `save_whole` is called), `checkpoint_bytes` (None: none was saved so far)
     and `finished`; or `saved`, an epoch, with `owes`, `checkpoint_bytes` and `resumable`; or `finished` alone; or
-    `failure`, with `fault` (storage, budget, memory) where the cause is known and `micro_batch_size` where it begins
-    again with that; and always `number` and `next_within_s`, the time until the next result is overdue.
+    `failure`, with `fault` (storage, budget, memory, input) where the cause is known and `micro_batch_size` where it
+    begins again with that; and always `number` and `next_within_s`, the time until the next result is overdue.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -135,6 +136,8 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             result["fault"] = "storage"
         elif isinstance(error, CheckpointBudgetError):
             result["fault"] = "budget"
+        elif isinstance(error, InputError):
+            result["fault"] = "input"
         elif isinstance(error, OutOfMemoryError):
             result["fault"] = "memory"
             smaller = halved(self._task, self._shape.workers) if self._task.shrinks else None

@@ -10,18 +10,20 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainables.errors import (
+    InputError,
     OutOfMemoryError,
     Problem,
     StorageUnavailableError,
     TrainableError,
     TrialError,
+    UserError,
     WorkerLostError,
     text_of,
 )
@@ -151,7 +153,11 @@ class RankWorker:
                 max_epochs=task.max_epochs,
                 settings=task.settings,
             )
-            self._reports = iter(trainable(context))
+            reports: object = trainable(context)
+            if not isinstance(reports, Iterable):
+                found = f"{task.trainable} returned {type(reports).__name__} {reports!r:.50}"
+                raise TrainableError(Problem("trainable", "is a generator function", found, "one that yields Reports"))
+            self._reports = iter(reports)
 
     def next_report(self) -> RankReport | None:
         """Runs up to the next report; None when the trainable has come to its end."""
@@ -225,7 +231,8 @@ def _checked(report: object, before: Report | None) -> Report | None:
     last = before.epoch if before is not None else 0
     if not isinstance(report.epoch, int) or report.epoch <= last:
         found = f"epoch {report.epoch!r} after epoch {last}"
-        raise TrainableError(Problem("trainable", "counts its epochs up from 1", found, f"epoch {last + 1}"))
+        expected = f"epoch {last + 1}, or a later one"
+        raise TrainableError(Problem("trainable", "counts its epochs up from 1", found, expected))
     return report
 
 
@@ -260,6 +267,8 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
                 raise OutOfMemoryError(f"out of memory: rank {self._rank} raised {said}") from None
             if storage_is_away(error):
                 raise StorageUnavailableError(f"rank {self._rank} raised {said}") from None
+            if isinstance(error, UserError) and not isinstance(error.__cause__, OSError):  # a hub that is away may come
+                raise InputError(f"rank {self._rank} raised {said}") from None
             raise TrialError(f"rank {self._rank} raised {said}") from None
 
 

@@ -17,7 +17,7 @@ from trainables.config import DataConfig
 from trainables.data import TextData, read_texts
 from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
-from trainables.model_files import check_model_files
+from trainables.model_files import check_config, check_model_files
 from trainables.stores import GIB
 from tune_service.errors import exit_code
 from tune_service.home import StudyStorage
@@ -58,7 +58,7 @@ def run_checks(spec: StudySpec, storage: StudyStorage, room: Room) -> list[Check
     if not spec.is_finetune:
         checks.append(looked_at("trainable", lambda: import_trainable(spec.trainable, spec.folder)))
     if spec.is_finetune and model is not None:
-        checks.append(looked_at("model", lambda: _raised(check_model_files(model)) or model.name))
+        checks.append(looked_at("model", lambda: _raised(_model_problems(spec)) or model.name))
     if spec.is_finetune and data is not None:
         checks.append(looked_at("data", lambda: _describe(_texts(data))))
     if (url := spec.record) is not None:
@@ -66,6 +66,11 @@ def run_checks(spec: StudySpec, storage: StudyStorage, room: Room) -> list[Check
     if spec.is_finetune and model is not None:
         checks.append(looked_at("checkpoints", lambda: room_for_checkpoints(spec, storage, least_bytes(spec))))
     return checks
+
+
+def _model_problems(spec: StudySpec) -> list[Problem]:
+    largest = spec.trial_settings().with_params(spec.largest_params())
+    return check_model_files(largest.model) or check_config(largest.model, largest.training.max_length)
 
 
 def problems_of(checks: Sequence[Check]) -> list[Problem]:

@@ -16,6 +16,7 @@ import typer
 from trainables.bucket import is_url, parsed
 from trainables.errors import Problem, UserError
 from trainables.redaction import redacted
+from tune_service import __version__
 from tune_service.cluster_cli import app as cluster_app
 from tune_service.errors import CommandError, FollowEndedError, exit_code
 from tune_service.output import display as display_of
@@ -60,6 +61,21 @@ NameOption = Annotated[str | None, typer.Option("--name", help="Overrides the sp
 DEFAULT_STORAGE = "./studies"
 _UsageFault = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """Typer's own copy of Click has it or Click itself, by version; Typer does not export it."""
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -337,6 +353,9 @@ def _run_command() -> NoReturn:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            sys.exit(2)
         if isinstance(error, _UsageFault):
             found = error.format_message()  # type: ignore[attr-defined]
             _fail(UserError(Problem("command line", "is one that --help shows", found, _usage(error))), as_json)

@@ -153,7 +153,9 @@ class Storage:
         self.exports = self.root
 
     def studies(self) -> list[StudyFolder]:
-        """All studies, by name."""
+        """All studies, by name. StorageError where the storage is no folder."""
+        if self.root.exists() and not self.root.is_dir():
+            raise StorageError(Problem("--storage", "is a folder", f"{self.root} is a file", "--storage FOLDER"))
         found = {path.parent for name in RECORDS for path in self.root.glob(f"*/{name}")}
         return [StudyFolder(path) for path in sorted(found) if not path.name.startswith(".")]
 
@@ -239,9 +241,8 @@ class Storage:
 def check_out(out: Path) -> None:
     """OutputNotEmptyError unless `out` is a new or an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputNotEmptyError(
-            Problem("--out", "is a new or an empty folder", f"{out} holds something", "a new name")
-        )
+        found = f"{out} holds something" if out.is_dir() else f"{out} is a file"
+        raise OutputNotEmptyError(Problem("--out", "is a new or an empty folder", found, "a new name"))
 
 
 def _read_only(place: Path) -> bool:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainables.errors import Problem, UserError
 from tune_service.errors import RecordUnavailableError, StorageError
-from tune_service.home import StudyStorage
+from tune_service.home import StudyHome, StudyStorage
 from tune_service.status import BestTrial, Display, StudyState, StudyStatus, StudyView
 
 
@@ -113,6 +114,8 @@ class LocalStudies:
     ) -> Iterator[LogPiece]:
         """With `since`, file by file from that byte on; without the trials in the ranges `done`."""
         folder = self._storage.study(name)
+        if trial is not None and not folder.rank_logs(trial):
+            _check_trial(folder, trial)
         shown = dict(since or {})
         while True:
             alive = folder.driver_is_alive()
@@ -153,6 +156,17 @@ class LocalStudies:
         from tune_service.study import resume_study
 
         return resume_study(name, trials, self._storage, display)
+
+
+def _check_trial(folder: StudyHome, trial: int) -> None:
+    """UserError unless the study has this trial, or may get it while it runs."""
+    from tune_service.record import Record
+
+    record = Record.open(folder)
+    number = record.budget_trials if folder.driver_is_alive() else len(record.trials())
+    if not 0 <= trial < number:
+        expected = f"0 to {number - 1}" if number else "a study that has begun"
+        raise UserError(Problem("--trial", f"is a trial of {folder.name}", str(trial), expected))
 
 
 def trial_of(file: str) -> int:

@@ -9,7 +9,7 @@ from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
 from typing import Any
 
-from trainables.errors import BucketError, Problem, StorageUnavailableError
+from trainables.errors import BucketError, Problem, StorageUnavailableError, UserError
 from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import (
@@ -86,7 +86,11 @@ def resume_study(
         record.clear_stop()
         record.set_failure(None)
         record.pause_all("interrupted: the driver was gone")
-        _drive(spec, folder, record, lease, display, place)
+        known = record.trials()
+        if len(known) >= record.budget_trials and all(trial.ended_at is not None for trial in known):
+            display.tell(f"nothing to do: all {len(known)} trials have ended; --trials +20 adds some")
+        else:
+            _drive(spec, folder, record, lease, display, place)
     return Record.open(folder).status(deep=True)
 
 
@@ -229,5 +233,5 @@ def _budget(trials: str, record: Record) -> int:
     """The new budget: `+20` on top of the old one, or `80` in all."""
     number = trials.removeprefix("+")
     if not number.isdecimal() or int(number) == 0:
-        raise SpecError(Problem("--trials", "adds to the budget (+20) or sets it (80)", repr(trials), "+20"))
+        raise UserError(Problem("--trials", "adds to the budget (+20) or sets it (80)", repr(trials), "+20"))
     return int(number) + (record.budget_trials if trials.startswith("+") else 0)

@@ -338,6 +338,22 @@ def test_stop_of_a_study_that_has_ended_changes_nothing(study: Finished, program
     assert program.json("stop", "oven") == study.status
 
 
+def test_resume_of_a_study_whose_trials_have_all_ended_says_so_and_starts_nothing(
+    study: Finished, program: Program
+) -> None:
+    found = program.run("resume", "oven", "--json")
+    assert (found.code, found.json) == (0, study.status)
+    assert "nothing to do: all 10 trials have ended; --trials +20 adds some" in found.err
+    assert not program.named("ray")
+
+
+def test_the_program_tells_its_version_and_without_a_command_its_help(program: Program) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", program.run("--version").out)
+    bare = program.run()
+    assert (bare.code, bare.out) == (2, "")
+    assert bare.err.startswith("Usage: ") and "Follow a study until it ends." in bare.err
+
+
 def test_a_name_is_taken_once(study: Finished, program: Program) -> None:
     error = program.json("run", program.spec("oven", SPEC), code=2)["error"]
     assert "oven" in error["found"] + error["rule"] + error["place"]
@@ -467,11 +483,15 @@ def test_people_get_the_faults_as_words(program: Program) -> None:
         ["status"],
         ["status", "cake", "--loud"],
         ["logs", "cake", "--trial", "first"],
+        ["logs", "oven", "--trial", "10"],
+        ["logs", "oven", "--trial", "-1"],
+        ["list", "--storage", ""],
+        ["list", "--storage", __file__],
         ["best", "cake"],
     ],
     ids=" ".join,
 )
-def test_wrong_input_ends_with_2_and_one_document(program: Program, arguments: list[str]) -> None:
+def test_wrong_input_ends_with_2_and_one_document(study: Finished, program: Program, arguments: list[str]) -> None:
     before = sorted(program.folder.glob("[!c]*"))
     found = program.json(*arguments, code=2)
     errors = found["errors"] if "errors" in found else [found["error"]]
@@ -502,7 +522,7 @@ def test_a_reader_that_has_gone_is_no_traceback(tmp_path: Path, arguments: str) 
 @pytest.mark.parametrize("trials", ["0", "-3", "many", "1.5", ""])
 def test_a_budget_is_a_whole_number(study: Finished, program: Program, trials: str) -> None:
     found = program.json("resume", "oven", f"--trials={trials}", code=2)
-    assert found["errors"][0]["place"] == "--trials"
+    assert found["error"]["place"] == "--trials"
     assert program.json("status", "oven") == study.status
 
 
