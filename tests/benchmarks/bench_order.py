@@ -33,8 +33,10 @@ def product(study: Study) -> Iterator[float]:
 
 def hugging_face(study: Study, groups: bool) -> list[float]:
     from peers_trainer import trainer
+    from transformers import PrinterCallback
 
     made = trainer(study, {"learning_rate": RATE}, best_settings=groups, callbacks=[])
+    made.remove_callback(PrinterCallback)
     made.train()
     return [float(entry["loss"]) for entry in made.state.log_history if "loss" in entry]
 
