@@ -10,6 +10,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ import psutil
 from trainables.far import SCRATCH
 
 PR_SET_CHILD_SUBREAPER = 36
+LOCK = ".lock"
+"""In a scratch folder; its owner holds it."""
+END_S = 5.0
 LOOK_S = 1.0
 STOPPED_S = 20.0
 """Ray's servers may stand still for so long (SIGSTOP) before the study is ended for it."""
@@ -64,22 +68,22 @@ def scratch_folder() -> Iterator[Path]:
     """
     _adopt_orphans()
     root = Path(_scratch_root())
-    for lock in root.glob("tune-*/.lock"):
+    for lock in root.glob(f"tune-*/{LOCK}"):
         with contextlib.suppress(OSError), lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _end_processes_of(lock.parent)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
-    unlocked = scratch / ".lock.new"
-    descriptor = os.open(unlocked, os.O_WRONLY | os.O_CREAT, 0o600)
+            _remove(lock.parent)
+    new = Path(tempfile.mkdtemp(prefix=".tune-", dir=root))
+    descriptor = os.open(new / LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    unlocked.rename(scratch / ".lock")
+    scratch = new.rename(root / new.name[1:])  # others see it only when it is held
     os.environ[SCRATCH] = str(scratch)
     try:
         yield scratch
     finally:
         with undisturbed():
-            shutil.rmtree(scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(scratch)
             os.close(descriptor)
 
 
@@ -119,10 +123,31 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
 
 def _end_processes_of(scratch: Path) -> None:
     """Ends what is left of a killed driver's Ray: of one that was just starting nobody else does."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(SCRATCH) == str(scratch):
+    end = time.monotonic() + END_S
+    while (processes := [each for each in psutil.process_iter() if _is_of(each, scratch)]) and time.monotonic() < end:
+        for process in processes:  # one of them may just have started another
+            with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(processes, timeout=END_S)
+
+
+def _is_of(process: psutil.Process, scratch: Path) -> bool:
+    try:
+        is_dead = process.status() == psutil.STATUS_ZOMBIE
+        return not is_dead and process.environ().get(SCRATCH) == str(scratch)
+    except psutil.Error:
+        return False
+
+
+def _remove(scratch: Path) -> None:
+    """The lock last: whatever is left beside it is found again by the next study."""
+    for each in [each for each in scratch.iterdir() if each.name != LOCK]:
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each, ignore_errors=True)
+        else:
+            each.unlink(missing_ok=True)
+    if [each.name for each in scratch.iterdir()] == [LOCK]:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""The scratch folder of a study's own Ray: gone with it, or with the next study where its owner was killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trainables.far import SCRATCH
+from tune_service.local_ray import LOCK, scratch_folder
+
+OWNER = """
+import subprocess, sys, time
+from tune_service.local_ray import LOCK, scratch_folder
+with scratch_folder() as scratch:
+    (scratch / "session").mkdir()
+    (scratch / "session" / "log").write_text("a line")
+    # As Ray's processes do: one starts another, in a session of its own.
+    loop = "while :; do (sleep 60 &) ; echo > $0/session/$RANDOM; sleep 0.01; done"
+    subprocess.Popen(["bash", "-c", loop, str(scratch)], start_new_session=True)
+    print(scratch, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary folder, with a name short enough for sockets."""
+    monkeypatch.setattr("tune_service.local_ray._scratch_root", lambda: str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv(SCRATCH, raising=False)
+    return tmp_path
+
+
+def killed_owner(root: Path) -> Path:
+    """The scratch folder of a driver that was killed, and whose processes run on."""
+    code = OWNER.replace(
+        "with scratch", f"import tune_service.local_ray as l; l._scratch_root = lambda: {str(root)!r}\nwith scratch"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        scratch = Path(owner.stdout.readline().strip())
+        os.kill(owner.pid, signal.SIGKILL)
+    return scratch
+
+
+def processes_of(scratch: Path) -> list[psutil.Process]:
+    return [
+        each
+        for each in psutil.process_iter()
+        if each.status() != psutil.STATUS_ZOMBIE and _scratch_of(each) == str(scratch)
+    ]
+
+
+def _scratch_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(SCRATCH)
+    except psutil.Error:
+        return None
+
+
+def test_a_scratch_folder_goes_with_its_study(root: Path) -> None:
+    with scratch_folder() as scratch:
+        assert [each.name for each in scratch.iterdir()] == [LOCK]
+        (scratch / "tune").mkdir()
+        (scratch / "tune" / "state").write_text("1")
+        with scratch_folder() as other:
+            assert scratch.exists() and other != scratch, "a living study's stays"
+    assert list(root.iterdir()) == []
+
+
+def test_what_a_killed_driver_left_is_ended_and_removed_by_the_next_study(root: Path) -> None:
+    left = killed_owner(root)
+    assert processes_of(left)
+    with scratch_folder():
+        assert not left.exists()
+        assert processes_of(left) == []
+
+
+def test_a_removal_that_was_cut_off_is_gone_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that somebody writes meanwhile, a kill: the lock is there as long as anything is."""
+    rmtree = shutil.rmtree
+
+    def stumbles(path: Path, ignore_errors: bool) -> None:
+        """Something has just come to `session`."""
+        for each in path.iterdir() if path.name != "session" else ():
+            if each.name != "session":
+                each.unlink()
+
+    with scratch_folder() as scratch:
+        (scratch / "session").mkdir()
+        monkeypatch.setattr(shutil, "rmtree", stumbles)
+    assert sorted(each.name for each in scratch.iterdir()) == [LOCK, "session"]
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with scratch_folder():
+        assert not scratch.exists()
