@@ -206,7 +206,7 @@ def test_a_wish_of_a_process_that_has_ended_delays_for_a_while_only(claims: Buck
     claims.put("000001-gone.wish", b"")
     began = time.monotonic()
     with taken("toy", claims, 0, nobody) as own:
-        assert 1.5 <= time.monotonic() - began < 4
+        assert 1.5 <= time.monotonic() - began < 15
         assert list(claims.objects()) == [own.identity[1]]
 
 
@@ -233,10 +233,11 @@ def test_a_driver_that_slept_with_its_machine_is_alive_when_it_wakes(
 ) -> None:
     with taken("toy", claims, 0, nobody) as own:
         claim = tmp_path / "store/lab/toy/lease" / own.identity[1]
-        os.utime(claim, (0, 0))
+        hours_ago = time.time() - 8 * 3600
+        os.utime(claim, (hours_ago, hours_ago))
         assert not is_held(claims), "no beat comes"
         with own.beating(print):
-            os.utime(claim, (0, 0))
+            os.utime(claim, (hours_ago, hours_ago))
             assert is_held(claims)
 
 

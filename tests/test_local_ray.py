@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from trainables.far import SCRATCH
-from tune_service.local_ray import LOCK, scratch_folder
+from tune_service.local_ray import LOCK, _end_processes_of, _is_of, scratch_folder
 
 OWNER = """
 import subprocess, sys, time
-from tune_service.local_ray import LOCK, scratch_folder
+from tune_service.local_ray import LOCK, _end_processes_of, _is_of, scratch_folder
 with scratch_folder() as scratch:
     (scratch / "session").mkdir()
     (scratch / "session" / "log").write_text("a line")
@@ -51,18 +51,7 @@ def killed_owner(root: Path) -> Path:
 
 
 def processes_of(scratch: Path) -> list[psutil.Process]:
-    return [
-        each
-        for each in psutil.process_iter()
-        if each.status() != psutil.STATUS_ZOMBIE and _scratch_of(each) == str(scratch)
-    ]
-
-
-def _scratch_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(SCRATCH)
-    except psutil.Error:
-        return None
+    return [each for each in psutil.process_iter() if _is_of(each, scratch)]
 
 
 def test_a_scratch_folder_goes_with_its_study(root: Path) -> None:
@@ -77,10 +66,13 @@ def test_a_scratch_folder_goes_with_its_study(root: Path) -> None:
 
 def test_what_a_killed_driver_left_is_ended_and_removed_by_the_next_study(root: Path) -> None:
     left = killed_owner(root)
-    assert processes_of(left)
-    with scratch_folder():
-        assert not left.exists()
-        assert processes_of(left) == []
+    try:
+        assert processes_of(left)
+        with scratch_folder():
+            assert not left.exists()
+            assert processes_of(left) == []
+    finally:
+        _end_processes_of(left)
 
 
 def test_a_removal_that_was_cut_off_is_gone_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPTNeoXTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from trainables.batches import encode, pad
+from trainables.batches import encode, pad, separate_pairs
 from trainables.config import DataConfig, ModelConfig
 from trainables.data import read_texts
 from trainables.errors import ModelError, Problem
@@ -189,15 +195,41 @@ def test_decoders_get_a_padding_token_of_their_own_and_a_separator(family: str, 
 def test_an_exported_tokenizer_gives_the_rows_that_were_trained_on(
     family: str, tokenizer_folder: MakeFolder, tmp_path: Path
 ) -> None:
-    """`tokenizer(a, b, truncation=True)`, with nothing of ours."""
+    """`tokenizer([a], [b], truncation=True)`, with nothing of ours."""
     tokenizer = load_tokenizer(scratch(tokenizer_folder(family)))
     tokenizer.model_max_length = 8
     tokenizer.save_pretrained(tmp_path)
     exported = AutoTokenizer.from_pretrained(tmp_path)
-    for texts in (("apple bread", "figs"), ("apple bread " * 5, "figs bread"), ("figs",), ("apple bread " * 5,)):
+    pairs = [("apple bread", "figs"), ("apple bread " * 5, "figs bread"), ("apple", "")]
+    for texts in [*pairs, ("figs",), ("apple bread " * 5,)]:
         trained = encode(tokenizer, [texts], 8).row(0)
-        assert exported(*texts, truncation=True)["input_ids"] == trained
+        assert exported(*([text] for text in texts), truncation=True)["input_ids"] == [trained]
         assert trained.count(tokenizer.sep_token_id) == len(texts) - 1 + (family == "bert")
+
+
+def test_a_tokenizer_whose_class_puts_its_own_template_back_is_exported_as_a_plain_one(
+    tokenizer_folder: MakeFolder, tmp_path: Path
+) -> None:
+    """As Pythia's does, and CodeLlama's."""
+    folder = tokenizer_folder("gpt2")
+    own = AutoTokenizer.from_pretrained(folder)
+    GPTNeoXTokenizer(vocab=own.get_vocab(), merges=[], unk_token=own.eos_token).save_pretrained(tmp_path / "neox")
+    (tmp_path / "neox" / "config.json").write_text('{"model_type": "gpt_neox"}')
+    tokenizer = load_tokenizer(ModelConfig(name=str(tmp_path / "neox"), from_scratch=True))
+    tokenizer.save_pretrained(tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    trained = encode(tokenizer, [("apple", "figs")], 32).row(0)
+    assert exported("apple", "figs")["input_ids"] == trained
+    assert trained.count(tokenizer.sep_token_id) == 1
+    assert (exported.pad_token, exported.sep_token) == (tokenizer.pad_token, tokenizer.sep_token)
+
+
+def test_special_tokens_may_have_the_signs_of_a_template(tokenizer_folder: MakeFolder) -> None:
+    folder = tokenizer_folder("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"sep_token": "$A:1 |"})
+    separate_pairs(tokenizer)
+    assert tokenizer("apple", "figs")["input_ids"].count(tokenizer.sep_token_id) == 1
 
 
 def test_berts_tokenizer_stays_as_it_is(tokenizer_folder: MakeFolder) -> None:

@@ -164,6 +164,7 @@ def test_a_name_the_hub_could_never_have_is_a_problem() -> None:
         ({"n_head": 3}, 64, ["model.config"]),
         ({"n_head": 3, "n_embd": 48}, 64, []),
         ({"n_head": "three"}, 64, []),  # Transformers knows what it says to that
+        ({"model_type": "t5"}, 65, []),  # whose positions are relative
     ],
 )
 def test_what_a_config_cannot_be_shows_before_a_trial(

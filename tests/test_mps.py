@@ -248,8 +248,7 @@ def test_a_killed_driver_leaves_no_server_behind(control: Path, tmp_path: Path) 
         (1, 0.5, None, True),
         (1, 0.5, 1, False),
         (2, 1, None, False),
-        (2, 0.5, 2, False),  # one on each
-        (2, 0.5, 3, True),
+        (2, 0.5, 2, True),  # both on the first
         (2, "auto", 2, False),  # one on each
         (2, "auto", 3, True),
     ],

@@ -232,7 +232,16 @@ def test_what_the_user_wrote_is_told_from_a_hub_that_is_away(begun: Callable[...
         raise ModelError(Problem("model", "can be opened", "nothing", "a model")) from cause
         yield
 
-    for cause, kind in ((None, InputError), (ValueError("n_head"), InputError), (OSError("no connection"), TrialError)):
+    deep = ValueError("not fetched")
+    deep.__context__ = OSError("no connection")
+    silent = type("ReadTimeout", (Exception,), {"__module__": "httpx2._exceptions"})("silent")
+    for cause, kind in (
+        (None, InputError),
+        (ValueError("n_head"), InputError),
+        (OSError("no connection"), TrialError),
+        (deep, TrialError),
+        (silent, TrialError),
+    ):
         with pytest.raises(TrialError, match="rank 0 raised ModelError: model: can be opened") as raised:
             begun(partial(train, cause=cause)).next_report()
         assert type(raised.value) is kind

@@ -59,18 +59,24 @@ def separate_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     before, after, between = whole[:start], whole[start + len(bare) :], [tokenizer.sep_token_id]
-    name = dict(zip(ids := [*before, *between, *after], tokenizer.convert_ids_to_tokens(ids), strict=True))
-    parts = [name[each] for each in before], [name[each] for each in between], [name[each] for each in after]
+    # By names of ours: a template has a meaning of its own for some signs that special tokens may have.
+    named = {name: ids for name, ids in (("before", before), ("between", between), ("after", after)) if ids}
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[*parts[0], "$A", *parts[2]],
-        pair=[*parts[0], "$A", *parts[1], "$B", *parts[2]],
-        special_tokens=[(token, number) for number, token in name.items()],
+        single=[each for each in ("before", "$A", "after") if each in named or each[0] == "$"],
+        pair=[each for each in ("before", "$A", "between", "$B", "after") if each in named or each[0] == "$"],
+        special_tokens=[
+            {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in named.items()
+        ],
     )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> Encoded:
     """Token ids of every row, special tokens included, none longer than `max_length`: of two texts the longer one is
-    cut first. They are what `tokenizer(a, b, truncation=True, max_length=max_length)` gives."""
+    cut first.
+
+    They are what `tokenizer([a], [b], truncation=True, max_length=max_length)` gives; only an empty text, which has no
+    token there, gets one, for the classifier reads a last token.
+    """
     is_pair = len(texts[0]) == 2
     specials = tokenizer.num_special_tokens_to_add(pair=is_pair)
     shortest = specials + len(texts[0])
@@ -85,7 +91,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length
     for start in range(0, len(texts), TOKENIZE_ROWS):
         batch = texts[start : start + TOKENIZE_ROWS]
         encoded = tokenizer(*map(list, zip(*batch, strict=True)), truncation=True, max_length=max_length)
-        rows = [row or [_filler(tokenizer)] for row in encoded["input_ids"]]
+        rows = [row or [filler(tokenizer)] for row in encoded["input_ids"]]
         if "token_type_ids" in encoded:
             types.append(_flat(encoded["token_type_ids"]))
         ids.append(_flat(rows))
@@ -94,8 +100,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length
     return Encoded(np.concatenate(ids), offsets, np.concatenate(types) if types else None)
 
 
-def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The one token of an empty text: the classifier needs a last token to read, and padding is none."""
+def filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The one token of an empty text; padding is none."""
     choices = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id)
     return int(next(token for token in choices if token is not None and token != tokenizer.pad_token_id))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,9 +51,23 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     if tokenizer.sep_token_id is None:
         tokenizer.add_special_tokens({"sep_token": "[SEP]"})
     separate_pairs(tokenizer)
+    if not _opens_as_it_is(tokenizer):
+        names = {name: getattr(tokenizer, name) for name in tokenizer.special_tokens_map}
+        names |= {"model_input_names": tokenizer.model_input_names}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names)
     # `encode` cuts and `pad` fills on the right; the saved tokenizer must do the same.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
+
+
+def _opens_as_it_is(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether one that is saved of it separates pairs like it: some classes put a template of their own back."""
+    if type(tokenizer).__name__ in _FAMILIES:
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved = AutoTokenizer.from_pretrained(folder)
+    return bool(saved("a", "b")["input_ids"] == tokenizer("a", "b")["input_ids"])
 
 
 def build_model(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, label_names: Sequence[str]) -> PreTrainedModel:

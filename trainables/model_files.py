@@ -75,8 +75,10 @@ def check_config(model: ModelConfig, max_length: int) -> list[Problem]:
     configs = model.config, _read(file) if file is not None and file.is_file() else {}
     rule, expected = "it follows from the rest of the spec", "no such key"
     problems = [Problem(f"model.config.{key}", rule, key, expected) for key in model.config if key in FOLLOWING]
-    positions = _size(configs, "n_positions", "max_position_embeddings")
-    if positions and max_length > positions:
+    kind = next((config["model_type"] for config in configs if "model_type" in config), "gpt2")
+    also = ["n_positions"] if str(kind).startswith("gpt") else []  # T5 has it too, and no limit
+    positions = _size(configs, *also, "max_position_embeddings")
+    if 0 < positions < max_length:
         rule = "max_length is at most the model's positions"
         problems.append(Problem("training.max_length", rule, str(max_length), f"at most {positions}"))
     width, heads = _size(configs, "n_embd", "hidden_size"), _size(configs, "n_head", "num_attention_heads")

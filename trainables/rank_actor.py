@@ -54,7 +54,8 @@ class RankActor(RankWorker):
     def begin(self, task: Task) -> None:
         """WorkerLostError, too, when another GPU has more room by now: its trials have ended, and a process stays where
         it is."""
-        if self._cards and is_crowded(os.environ["CUDA_VISIBLE_DEVICES"], self._cards, scratch_place()):
+        is_warm = self._task is not None
+        if is_warm and self._cards and is_crowded(os.environ["CUDA_VISIBLE_DEVICES"], self._cards, scratch_place()):
             raise WorkerLostError("another GPU has fewer trials")
         if self._is_far:
             resume_from = str(self._files.folder(_RESUME)) if task.resume_from else None

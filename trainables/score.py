@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from trainables.batches import filler
 from trainables.config import DataConfig
 from trainables.data import read_texts
 
@@ -20,11 +21,13 @@ def score(model_folder: str, data: DataConfig) -> float:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
     split = read_texts(data).splits["validation"]
+    found = []
     with torch.inference_mode():
-        found = [
-            int(model(**tokenizer(*texts, truncation=True, return_tensors="pt")).logits.argmax())
-            for texts in split.texts
-        ]
+        for texts in split.texts:
+            inputs = tokenizer(*([text] for text in texts), truncation=True, return_tensors="pt")
+            if not inputs["input_ids"].numel():  # an empty text, of which a classifier has nothing to read
+                inputs = {"input_ids": torch.tensor([[filler(tokenizer)]])}
+            found.append(int(model(**inputs).logits.argmax()))
     return float(np.mean(np.asarray(found) == split.labels))
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,8 +153,13 @@ def claim_holds(claims: Bucket, own: str) -> bool:
 
     Two of one generation are of a study and of an earlier one of its name: at most one of them holds.
     """
-    names = [name for name in claims.objects() if name.endswith(CLAIM)]
-    return own == max(names, key=lambda name: (generation_of(name), name), default=None)
+    return own == newest_claim(claims.objects())
+
+
+def newest_claim(names: Iterable[str]) -> str | None:
+    """Of the objects of a lease, the claim that counts; None: there is none."""
+    claims = (name for name in names if name.endswith(CLAIM))
+    return max(claims, key=lambda name: (generation_of(name), name), default=None)
 
 
 def generation_of(name: str) -> int:

@@ -267,7 +267,7 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
                 raise OutOfMemoryError(f"out of memory: rank {self._rank} raised {said}") from None
             if storage_is_away(error):
                 raise StorageUnavailableError(f"rank {self._rank} raised {said}") from None
-            if isinstance(error, UserError) and not isinstance(error.__cause__, OSError):  # a hub that is away may come
+            if isinstance(error, UserError) and not _may_pass(error):
                 raise InputError(f"rank {self._rank} raised {said}") from None
             raise TrialError(f"rank {self._rank} raised {said}") from None
 
@@ -283,5 +283,15 @@ def storage_is_away(error: BaseException) -> bool:
     return number in _STORAGE_ERRORS or any(os.strerror(each) in text for each in _STORAGE_ERRORS)
 
 
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a disk or a network, such as the hub's, has a part in an error: then the same may succeed later."""
+    while error is not None:
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "huggingface_hub", "aiohttp"}
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN}
 _STORAGE_ERRORS.add(errno.EREMOTEIO)  # an object store, by `BucketError`

@@ -26,7 +26,7 @@ import psutil
 
 from trainables.bucket import Bucket
 from trainables.errors import BucketError, Problem
-from trainables.stores import CLAIM, claim_holds, generation_of
+from trainables.stores import CLAIM, claim_holds, generation_of, newest_claim
 from tune_service.errors import StudyRunningError
 from tune_service.lease import SILENT, SILENT_S, Lease
 
@@ -35,6 +35,8 @@ DELETED = "deleted"
 BEAT_S = 3.0
 LOOK_S = 1.0
 """For so long a look at the claims is good for."""
+LONG_S = 24 * 3600.0
+"""A machine that has slept for longer is told as gone when it wakes, until its next beat."""
 POLL_S = 1.0
 TRIES = 4
 """Claims, when others claim at the same moment."""
@@ -111,11 +113,12 @@ def is_held(claims: Bucket) -> bool:
     One of this machine may have slept with it: its next beat says so.
     """
     found = claims.objects()
-    newest = max((name for name in found if name.endswith(CLAIM)), default=None, key=generation_of)
-    holder = None if newest is None else _read(claims, newest)
+    newest = newest_claim(found)
+    silent_s = 0.0 if newest is None else time.time() - found[newest].written_s
+    holder = None if newest is None or silent_s > LONG_S else _read(claims, newest)
     if newest is None or holder is None or holder["released"] or _is_gone(holder):
         return False
-    if time.time() - found[newest].written_s <= SILENT_S:
+    if silent_s <= SILENT_S:
         return True
     end = time.monotonic() + 2 * BEAT_S
     while holder["machine"] == _machine() and time.monotonic() < end:
@@ -141,7 +144,7 @@ def taken(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -
 def _take(study: str, claims: Bucket, least: int, tell: Callable[[str], None]) -> BucketLease:
     for _ in range(TRIES):
         before = _settled(claims)
-        newest = max((name for name in before if name.endswith(CLAIM)), default=None, key=generation_of)
+        newest = newest_claim(before)
         if newest is not None:
             _wait_for_silence(study, claims, newest, tell)
         own = f"{max(least, *map(generation_of, before), 0) + 1:06d}-{secrets.token_hex(8)}"

@@ -147,7 +147,7 @@ def is_held(path: Path) -> bool:
 
 def _beats(path: Path) -> bool:
     """Whether a holder that looks silent beats all the same: it slept with its machine, and has just woken."""
-    before, end = path.stat().st_mtime_ns, time.monotonic() + 2 * BEAT_S
+    before, end = path.stat().st_mtime_ns, time.monotonic() + 3 * BEAT_S
     while time.monotonic() < end:
         time.sleep(BEAT_S / 5)
         if path.stat().st_mtime_ns != before:

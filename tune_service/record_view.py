@@ -83,7 +83,9 @@ class RecordView:
         return found
 
     def trials(self) -> list[TrialStatus]:
-        alive = self.folder.driver_is_alive()
+        return self._statuses(self.folder.driver_is_alive())
+
+    def _statuses(self, alive: bool) -> list[TrialStatus]:
         kept = self.folder.checkpoints.kept()
         return [self._status(trial, alive, kept.get(trial.number, [])) for trial in self._trials()]
 
@@ -118,23 +120,25 @@ class RecordView:
         return best_trial(list(by_number.values()), self.objective, usable)
 
     def status(self, deep: bool = False, damaged: Damaged = frozenset()) -> StudyStatus:
-        trials = self.trials()
+        alive = self.folder.driver_is_alive()  # once: of a frozen one it takes seconds to say so
+        trials = self._statuses(alive)
         return StudyStatus(
             study=self.folder.name,
-            state=self._state(trials),
+            state=self._state(trials, alive),
             objective=self.objective,
             trials=tuple(trials),
             best=self.best(trials, deep, damaged),
-            notice=self.notice if self.folder.driver_is_alive() else None,
+            notice=self.notice if alive else None,
         )
 
-    def _state(self, trials: list[TrialStatus]) -> StudyState:
-        if self.folder.driver_is_alive():
+    def _state(self, trials: list[TrialStatus], alive: bool) -> StudyState:
+        if alive:
             return "running"
         if self.failure is not None:
             return "failed"
         ended = [trial for trial in trials if trial.state in _STATES.values()]
-        done = len(ended) == len(trials) and len(trials) >= self.budget_trials
+        is_all = len(trials) >= self.budget_trials or self._attrs.get("exhausted", False)  # of earlier versions' grids
+        done = len(ended) == len(trials) and is_all
         if not done:
             return "stopped" if self.stop_request is not None else "interrupted"
         return "failed" if all(trial.state == "failed" for trial in trials) else "completed"

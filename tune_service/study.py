@@ -86,11 +86,7 @@ def resume_study(
         record.clear_stop()
         record.set_failure(None)
         record.pause_all("interrupted: the driver was gone")
-        known = record.trials()
-        if len(known) >= record.budget_trials and all(trial.ended_at is not None for trial in known):
-            display.tell(f"nothing to do: all {len(known)} trials have ended; --trials +20 adds some")
-        else:
-            _drive(spec, folder, record, lease, display, place)
+        _drive(spec, folder, record, lease, display, place)
     return Record.open(folder).status(deep=True)
 
 
@@ -144,10 +140,13 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
     """Runs trials until there are no more. However it ends, no trial is left as if it still ran."""
     from tune_service.driver import USER_STOP, Driver
 
+    driver = Driver(spec, record, display.tell, place.sharing(spec))
+    if not driver.num_open:
+        more = "the grid has no more points" if spec.sampler.name == "grid" else "--trials +20 adds some"
+        display.tell(f"nothing to do: all {len(record.trials())} trials have ended; {more}")
+        return
     place.prepare(spec)
     from tune_service.tuner import run_trials  # imports Ray, which reads the environment then
-
-    driver = Driver(spec, record, display.tell, place.sharing(spec))
 
     def tick() -> None:
         lease.sign_of_life()

@@ -47,12 +47,11 @@ class ThisMachine:
             yield LocalSession(scratch, concurrent, self.room.cpus, cards=cards, shared=shared)
 
     def some_share_a_gpu(self, spec: StudySpec) -> bool:
-        """Whether two trials may run on one GPU."""
-        return 0 < spec.resources.gpu_share < 1 and self._concurrent(spec) > self.room.gpus
+        """Whether two trials may run on one GPU. Ray, where it is left to it, fills one before it begins the next."""
+        return 0 < spec.resources.gpu_share < 1 and self._concurrent(spec) > (len(self._cards(spec)) or 1)
 
     def _cards(self, spec: StudySpec) -> tuple[str, ...]:
-        """Of which each trial takes the one that fewest use. Ray would fill one before it begins the next."""
-        return self.room.cards if 0 < spec.resources.gpu_share < 1 and self.room.gpus > 1 else ()
+        return self.room.cards if spec.resources.finds_share and self.room.gpus > 1 else ()
 
     def end_all(self) -> None:
         end_children()

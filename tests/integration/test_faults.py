@@ -115,7 +115,7 @@ def test_trials_that_fail_alike_end_the_study(program: Program) -> None:
 
 
 WAYS = {
-    "nothing": "TypeError: 'NoneType' object is not iterable",
+    "nothing": "is a generator function; found toys:odd returned NoneType None",
     "text": "yields trainables.Report; found a str",
     "silent": "no finite score was reported",
     "other metric": "the report of epoch 1 has no objective 'score'; its metrics: f1, loss",
