@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CTRLTokenizer,
     GPTNeoXTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -222,6 +223,19 @@ def test_a_tokenizer_whose_class_puts_its_own_template_back_is_exported_as_a_pla
     assert exported("apple", "figs")["input_ids"] == trained
     assert trained.count(tokenizer.sep_token_id) == 1
     assert (exported.pad_token, exported.sep_token) == (tokenizer.pad_token, tokenizer.sep_token)
+
+
+def test_a_tokenizer_that_separates_pairs_by_itself_or_is_written_in_python_is_left_alone(
+    tokenizer_folder: MakeFolder, tmp_path: Path
+) -> None:
+    bert = AutoTokenizer.from_pretrained(tokenizer_folder("bert"))
+    before = str(bert.backend_tokenizer.post_processor)
+    assert not separate_pairs(bert)
+    assert str(bert.backend_tokenizer.post_processor) == before
+    (tmp_path / "vocab.json").write_text('{"<unk>": 0, "a</w>": 1, "b</w>": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    ctrl = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), sep_token="[SEP]")
+    assert not ctrl.is_fast and not separate_pairs(ctrl)
 
 
 def test_special_tokens_may_have_the_signs_of_a_template(tokenizer_folder: MakeFolder) -> None:

@@ -47,15 +47,16 @@ class Encoded:
         return [int(token) for token in self.ids[self.offsets[index] : self.offsets[index + 1]]]
 
 
-def separate_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Has `tokenizer(a, b)` put its separator between two texts, and the tokenizer that is saved from it too.
+def separate_pairs(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Has `tokenizer(a, b)` put its separator between two texts. Whether it did not do so by itself, as BERT's does.
 
-    BERT's does so by itself. GPT-2's and Llama's would run the last word of the first text into the second one.
+    GPT-2's and Llama's would run the last word of the first text into the second one. One that is written in Python has
+    no template, and stays as it is.
     """
     from tokenizers.processors import TemplateProcessing
 
-    if tokenizer.sep_token_id in tokenizer("a", "b")["input_ids"]:
-        return
+    if not tokenizer.is_fast or tokenizer.sep_token_id in tokenizer("a", "b")["input_ids"]:
+        return False
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     before, after, between = whole[:start], whole[start + len(bare) :], [tokenizer.sep_token_id]
@@ -68,6 +69,7 @@ def separate_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
             {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in named.items()
         ],
     )
+    return True
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> Encoded:

@@ -50,8 +50,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if tokenizer.sep_token_id is None:
         tokenizer.add_special_tokens({"sep_token": "[SEP]"})
-    separate_pairs(tokenizer)
-    if not _opens_as_it_is(tokenizer):
+    if separate_pairs(tokenizer) and not _opens_as_it_is(tokenizer):
         names = {name: getattr(tokenizer, name) for name in tokenizer.special_tokens_map}
         names |= {"model_input_names": tokenizer.model_input_names}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names)
@@ -62,7 +61,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
 
 def _opens_as_it_is(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether one that is saved of it separates pairs like it: some classes put a template of their own back."""
-    if type(tokenizer).__name__ in _FAMILIES:
+    if type(tokenizer).__name__ in _FAMILIES:  # these do not, and to look takes time at every start
         return True
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -4,8 +4,8 @@ A claim is an object `lease/GGGGGG-TOKEN.json`, which its holder writes anew eve
 waits till the holder's says that it was released, or its process is gone from this very machine, or it has not changed
 for some time by the waiter's own clock; puts a wish, `GGGGGG-TOKEN.wish` of the next generation; and claims when a list
 then shows nobody else who came meanwhile. A wish takes nothing from anybody, and is waited for too: it becomes a claim
-in no time, or its process is gone. What a driver writes carries its
-generation, and only the highest is read: whoever wakes up late may write, but is not read.
+in no time, or its process is gone. What a driver writes carries its generation, and only the highest is read: whoever
+wakes up late may write, but is not read.
 """
 
 from __future__ import annotations
