@@ -88,6 +88,36 @@ def test_its_state_is_loaded_into_the_tensors_it_has() -> None:
     assert optimizer.tensors()["0.step"] == 5
 
 
+def test_a_weight_follows_the_bf16_gradients_of_its_copy_and_the_copy_follows_the_weight() -> None:
+    net, reference = network(), network()
+    optimizer, other = AdamW(net), AdamW(reference)
+    for each in (optimizer, other):
+        each.rates.copy_(torch.tensor(rates_of(0.01, 0.1, 0.5)))
+    copies = [optimizer.copy_of(parameter) for parameter in net.parameters()]
+    for step in range(3):
+        for copy, parameter in zip(copies, reference.parameters(), strict=True):
+            copy.grad = torch.full_like(copy, 0.1 * (step + 1))
+            parameter.grad = copy.grad.float()
+        for each in (optimizer, other):
+            each.step()
+            each.zero_grad()
+        assert all(copy.grad is None for copy in copies)
+    for copy, mine, theirs in zip(copies, net.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(copy, mine.detach().bfloat16())
+
+
+def test_copies_are_those_of_the_new_weights_after_a_reset_and_a_load() -> None:
+    net = network()
+    optimizer = AdamW(net)
+    (copy, *_) = [optimizer.copy_of(parameter) for parameter in net.parameters()]
+    for change in (optimizer.reset, lambda: optimizer.load(optimizer.tensors())):
+        with torch.no_grad():
+            net[0].weight.add_(1.0)
+        change()
+        assert torch.equal(copy, net[0].weight.detach().bfloat16())
+
+
 def shares(schedule: str, total_steps: int, warmup_fraction: float) -> list[float]:
     share = lr_lambda(schedule, total_steps, warmup_fraction)  # type: ignore[arg-type]
     return [share(step) for step in range(total_steps + 2)]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from trainables import products
 from trainables.config import ModelConfig
 from trainables.model import build_model
 from trainables.optimizer import AdamW
@@ -47,6 +48,8 @@ class Learner:
         self.network = self._build(seed).to(kind.device)
         if kind.compiles:
             compile_layers(self.network)
+        elif kind.device.type == "cuda":  # inductor does as much by itself
+            products.sum_by_products(self.network)
         self.optimizer = AdamW(self.network)
         self.parallel = Parallel(self.network, self.optimizer)
         self._ready: OrderedDict[Hashable, Any] = OrderedDict()
@@ -60,6 +63,16 @@ class Learner:
                 tensor.copy_(self._fresh[name])
         self.optimizer.reset()
         self.optimizer.zero_grad()
+
+    def bf16_copies(self) -> dict[str, torch.Tensor]:
+        """Copies of the weights that matrix products use, NAME -> copy, for training with bf16 autocast.
+
+        Autocast makes them at every step, and casts each gradient back. Used in the weights' place they give the same
+        gradients, in bf16, and the optimizer brings them up to date in passing. Empty where DDP has the model, which
+        averages gradients of its parameters.
+        """
+        weights = {} if self.parallel.is_wrapped else products.autocast_weights(self.network)
+        return {name: self.optimizer.copy_of(weight) for name, weight in weights.items()}
 
     def uncompiled(self) -> AbstractContextManager[Any]:
         """Goes round an evaluation: it runs as the exported model would."""

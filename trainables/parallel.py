@@ -117,9 +117,10 @@ class Parallel:
         self.model: Callable[..., Any] = model
         self._optimizer: Any = optimizer
         self._booster: Booster | None = None
+        self.is_wrapped = self.world_size > 1 or BOOST_ONE_RANK
         self.num_eager_steps = 0
         """Steps to run before one is captured."""
-        if self.world_size > 1 or BOOST_ONE_RANK:
+        if self.is_wrapped:
             booster, plugin = _colossalai()
             # Buffers are constants in these models.
             self._booster = booster(plugin=plugin(broadcast_buffers=False, gradient_as_bucket_view=True))

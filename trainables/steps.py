@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
+from torch.func import functional_call
 from torch.nn import functional
 
 from trainables.batches import Encoded, bucket_width
@@ -114,13 +115,15 @@ class Steps:
         micro_batch_size: int | None,
         precision: str,
         captures: bool,
+        copies: dict[str, torch.Tensor],
     ) -> None:
-        """`num_classes` 0: a regression."""
+        """`num_classes` 0: a regression. `copies` take the place of the model's parameters of those names."""
         self._parallel, self._optimizer, self._train = parallel, optimizer, train
         self._device = labels.device
         self._labels = labels
         self._num_classes, self._max_length = num_classes, max_length
         self._micro_batch_size, self._precision = micro_batch_size, precision
+        self._copies = copies
         self._graphs = Graphs(captures, parallel.num_eager_steps)
         rank_rows = -(-batch_size // parallel.world_size)
         # What a captured step reads and writes.
@@ -177,7 +180,7 @@ class Steps:
     def _loss(self, width: int, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the rows' losses; adds to the epoch's totals."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            logits = self._parallel.model(**self._train.inputs(rows, width)).logits.float()
+            logits = self._model(self._train.inputs(rows, width)).logits.float()
         labels = self._labels[rows]
         if self._num_classes:
             losses = functional.cross_entropy(logits, labels, reduction="none")
@@ -188,6 +191,10 @@ class Steps:
         counts = (weights > 0).double()
         self._totals += torch.stack([(losses.detach() * counts).sum(), (correct * counts).sum()])
         return (losses * weights).sum()
+
+    def _model(self, inputs: dict[str, torch.Tensor]) -> Any:
+        model: Any = self._parallel.model
+        return functional_call(model, self._copies, kwargs=inputs) if self._copies else model(**inputs)
 
 
 @torch.no_grad()

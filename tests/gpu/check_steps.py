@@ -1,8 +1,9 @@
 """Whether captured steps on a GPU train as plain ones do. Prints each check, and ends with 1 if one failed.
 
-    TUNE_SERVICE_TEST_DATA=DATA python tests/gpu/check_steps.py [same_losses|next_trials|resumed|masks|accuracies ...]
+    TUNE_SERVICE_TEST_DATA=DATA python tests/gpu/check_steps.py [PART ...]
 
-DATA holds gpt2-tokenizer/, glue/mrpc and glue/sst2; the models are small and start from random weights.
+PARTs are the functions below. DATA holds gpt2-tokenizer/, glue/mrpc and glue/sst2; the models are small and start from
+random weights.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from trainables import Context, Report, learner, parallel
+from trainables import Context, Report, learner, optimizer, parallel, products
 from trainables.finetune import finetune
 
 DATA = Path(os.environ["TUNE_SERVICE_TEST_DATA"])
@@ -29,6 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 3, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 512},
 }
 MRPC = {"task": "mrpc", "path": str(DATA / "glue" / "mrpc")}
+NOTHING: Any = (lambda device: None, lambda network: {}, lambda network: None)
 failed: list[str] = []
 
 
@@ -74,6 +76,24 @@ def same_losses() -> None:
     learner._kept.clear()
     check("gpt2: under TorchDDPPlugin", losses("gpt2", MRPC), plain, 1e-5)
     parallel.BOOST_ONE_RANK = False
+    learner._kept.clear()
+
+
+def plain_ways() -> None:
+    """Without the optimizer's kernel, without bf16 copies of weights, with torch's own gradients of biases."""
+    quick = optimizer.one_pass_on, products.autocast_weights, products.sum_by_products
+    for family in FAMILIES:
+        for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-3)):
+            name = f"{family}, {precision}"
+            learner._kept.clear()
+            found = losses(family, MRPC, precision=precision)
+            used = learner._kept[0].optimizer
+            check(f"{name}: bf16 copies", [len(used._copies) > 0], [precision == "bf16"], 0)
+            check(f"{name}: the optimizer's kernel", [used._one_pass is not None], [True], 0)
+            learner._kept.clear()
+            optimizer.one_pass_on, products.autocast_weights, products.sum_by_products = NOTHING
+            check(f"{name}: as the plain ways", found, losses(family, MRPC, precision=precision), tolerance)
+            optimizer.one_pass_on, products.autocast_weights, products.sum_by_products = quick
     learner._kept.clear()
 
 
@@ -137,7 +157,7 @@ def accuracies() -> None:
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(), torch.__version__)
-    parts = {part.__name__: part for part in (same_losses, next_trials, resumed, masks, accuracies)}
+    parts = {part.__name__: part for part in (same_losses, plain_ways, next_trials, resumed, masks, accuracies)}
     for part in (parts[name] for name in sys.argv[1:] or parts):
         started = time.perf_counter()
         part()
