@@ -3,8 +3,8 @@
     TUNE_SERVICE_TEST_DATA=DATA TUNE_SERVICE_TEST_MODELS=MODELS python tests/gpu/run_studies.py OUT [STUDY ...]
 
 DATA holds glue/mrpc/{train,validation}.parquet and gpt2-tokenizer; MODELS holds the folders minilm and smollm2. `gpt2`
-(124M, random weights: 64 trials of at most 9 epochs), `gpt2-32` (the same, with a batch of 32 for all) and `oom` (a
-batch that no card holds) need no MODELS.
+(124M, random weights: 64 trials of at most 9 epochs), `gpt2-32` (the same, with a batch of 32 for all), `auto` (24
+trials of 4 epochs, as many on the card as pay) and `oom` (a batch that no card holds) need no MODELS.
 """
 
 from __future__ import annotations
@@ -40,6 +40,15 @@ STUDIES: dict[str, dict[str, Any]] = {
         "budget": {"trials": 64},
         "checkpoints": {"budget_gib": 40},
         "resources": {"workers": 1, "gpus_per_worker": 0.25, "cpus_per_worker": 2},
+    },
+    "auto": {
+        "model": GPT2,
+        "training": {"max_epochs": 4, "batch_size": 32},
+        "search_space": {"learning_rate": {"log_uniform": [1e-5, 2e-4]}},
+        "scheduler": {"name": "none"},
+        "budget": {"trials": 24},
+        "checkpoints": {"budget_gib": 40},
+        "resources": {"workers": 1, "gpus_per_worker": "auto", "cpus_per_worker": 1},
     },
     "oom": {
         "model": GPT2,
