@@ -4,8 +4,8 @@
 
 DATA holds gpt2-tokenizer/ and glue/mrpc. A process trains GPT-2 124M while others beside it are killed in mid-epoch,
 frozen, out of memory, ended by a device assert, and at last write to an address that is nobody's. Up to there its train
-losses must be those of the same process alone. What the last one does is told, not checked: by NVIDIA's words it ends
-all. Nothing may be left of the service then.
+losses must be those of the same process alone. What the last one does is told, not checked: it ended all (H200).
+Nothing may be left of the service then.
 """
 
 from __future__ import annotations

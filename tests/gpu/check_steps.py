@@ -80,19 +80,22 @@ def same_losses() -> None:
 
 
 def plain_ways() -> None:
-    """Without the optimizer's kernel, without bf16 copies of weights, with torch's own gradients of biases."""
+    """Without the optimizer's kernel, without bf16 copies of weights, with torch's own gradients of biases.
+
+    bf16 at a small rate: at 3e-4 whatever rounds otherwise (micro batches, a CPU) moves GPT-2's losses by some 1e-4.
+    """
     quick = optimizer.one_pass_on, products.autocast_weights, products.sum_by_products
     for family in FAMILIES:
-        for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-3)):
-            name = f"{family}, {precision}"
+        for precision, rate, tolerance in (("fp32", 3e-4, 1e-5), ("bf16", 3e-5, 1e-4)):
+            name, options = f"{family}, {precision}", {"precision": precision, "learning_rate": rate}
             learner._kept.clear()
-            found = losses(family, MRPC, precision=precision)
+            found = losses(family, MRPC, **options)
             used = learner._kept[0].optimizer
             check(f"{name}: bf16 copies", [len(used._copies) > 0], [precision == "bf16"], 0)
             check(f"{name}: the optimizer's kernel", [used._one_pass is not None], [True], 0)
             learner._kept.clear()
             optimizer.one_pass_on, products.autocast_weights, products.sum_by_products = NOTHING
-            check(f"{name}: as the plain ways", found, losses(family, MRPC, precision=precision), tolerance)
+            check(f"{name}: as the plain ways", found, losses(family, MRPC, **options), tolerance)
             optimizer.one_pass_on, products.autocast_weights, products.sum_by_products = quick
     learner._kept.clear()
 
