@@ -51,6 +51,10 @@ def run_trials(
     if resources.gpu_share:
         bundle["GPU"] = resources.gpu_share
     with place.session(spec, on_lost) as session:
+        if not session.supervisor_bundle:
+            # Here every process has this one's environment, keys of AWS too: in a runtime environment Ray would show
+            # them in its state.
+            class_cache.ENV_VARS_TO_PROPAGATE.clear()
         # The first bundle is the supervisor's, which costs nothing; where it is empty, Tune leaves it out of the
         # placement group.
         first = dict(session.supervisor_bundle)

@@ -409,6 +409,22 @@ def test_names_may_be_long_and_have_spaces(program: Program, tmp_path: Path) -> 
     assert list(temporary.glob("tune-*")) == []
 
 
+def test_keys_of_aws_are_in_no_runtime_environment_which_ray_would_show_in_its_state(program: Program) -> None:
+    """Ray starts a process of its own for each, too, beside the ones that it had started in advance."""
+    found_in = program.specs / "found.txt"
+    (program.specs / "looking.py").write_text(
+        "import os\nfrom pathlib import Path\n\nimport ray\n\nfrom trainables import Report\n\n\n"
+        "def train(context):\n"
+        "    found = os.environ['AWS_ACCESS_KEY_ID'], dict(ray.get_runtime_context().runtime_env)\n"
+        f"    Path({str(found_in)!r}).write_text(repr(found))\n"
+        "    yield Report(1, {'score': 1.0})\n"
+    )
+    changes = {"trainable": "looking:train", "training": {"max_epochs": 1}, "budget": {"trials": 1}}
+    found = program.run("run", program.spec("keys", changes), env={"AWS_ACCESS_KEY_ID": "not-a-real-key"})
+    assert found.code == 0, found.err
+    assert found_in.read_text() == "('not-a-real-key', {})"
+
+
 def test_a_trainable_is_found_on_the_python_path(program: Program, tmp_path: Path) -> None:
     shutil.copy(program.specs / "toys.py", tmp_path / "bakery.py")
     spec = program.spec("path", {"trainable": "bakery:steady"})
