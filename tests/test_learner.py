@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trainables import Context, Report, learner, parallel, products
+from trainables import Context, Report, learner, optimizer, parallel, products
 from trainables.finetune import Run, finetune
 from tune_service.demo import write_pairs, write_tokenizer
 
@@ -89,13 +90,46 @@ def test_the_next_trial_builds_nothing_and_gives_what_a_new_model_gives_bit_by_b
 def test_bf16_copies_of_weights_change_no_number_of_a_trial(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trained: list[tuple[bool, bool]] = []
+    step = optimizer.AdamW.step
+
+    def noting(self: optimizer.AdamW) -> None:
+        trained.extend((copy.grad is not None, weight.grad is not None) for weight, copy in self._copies.items())
+        step(self)
+
+    monkeypatch.setattr(optimizer.AdamW, "step", noting)
     found = as_new(settings(precision="bf16"))
-    assert learner._kept[0].optimizer._copies
+    assert set(trained) == {(True, False)}, "gradients of copies, and none of what they are copies of"
     monkeypatch.setattr(products, "autocast_weights", lambda network: {})
     expected = as_new(settings(precision="bf16"))
     for mine, reference in zip(found, expected, strict=True):
         assert mine == pytest.approx(reference, rel=1e-4)  # the norm is summed up in another order
     assert not learner._kept[0].optimizer._copies
+
+
+def test_bf16_copies_are_those_of_the_trial_whatever_ran_before(settings: Callable[..., Settings]) -> None:
+    first = as_new(settings(precision="bf16"))
+    others = [{"precision": "fp32"}, {"precision": "bf16", "micro_batch_size": 4}, {"learning_rate": 0.1}]
+    for other in others:
+        curve(settings(**other), seed=5)
+        assert curve(settings(precision="bf16")) == first
+
+
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_a_trial_with_bf16_copies_goes_on_as_if_it_had_not_been_cut(
+    settings: Callable[..., Settings], tmp_path: Path, is_warm: bool
+) -> None:
+    spec = settings(precision="bf16", max_epochs=3)
+    learner._kept.clear()
+    losses = []
+    for report in reports(spec):
+        losses.append(report.metrics["train_loss"])
+        if report.epoch == 1 and report.save is not None:
+            report.save(tmp_path)
+    if not is_warm:
+        learner._kept.clear()
+    resumed = finetune(Context({}, seed=42, max_epochs=3, settings=spec, resume_from=tmp_path))
+    assert [report.metrics["train_loss"] for report in resumed] == losses[1:]
 
 
 def test_micro_batches_add_up_gradients_in_fp32(settings: Callable[..., Settings]) -> None:

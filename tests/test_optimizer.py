@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainables.optimizer import AdamW, lr_lambda, rates_of
+from trainables.optimizer import AdamW, _norm, lr_lambda, rates_of
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -107,15 +107,21 @@ def test_a_weight_follows_the_bf16_gradients_of_its_copy_and_the_copy_follows_th
         assert torch.equal(copy, mine.detach().bfloat16())
 
 
-def test_copies_are_those_of_the_new_weights_after_a_reset_and_a_load() -> None:
+def test_copies_are_renewed_after_something_else_changed_the_weights() -> None:
     net = network()
     optimizer = AdamW(net)
-    (copy, *_) = [optimizer.copy_of(parameter) for parameter in net.parameters()]
-    for change in (optimizer.reset, lambda: optimizer.load(optimizer.tensors())):
-        with torch.no_grad():
-            net[0].weight.add_(1.0)
-        change()
-        assert torch.equal(copy, net[0].weight.detach().bfloat16())
+    copies = [optimizer.copy_of(parameter) for parameter in net.parameters()]
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    assert not torch.equal(copies[0], net[0].weight.detach().bfloat16())
+    optimizer.renew_copies()
+    for copy, parameter in zip(copies, net.parameters(), strict=True):
+        assert torch.equal(copy, parameter.detach().bfloat16())
+
+
+def test_several_tensors_of_two_types_have_one_norm_in_fp32() -> None:
+    found = _norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16), torch.full((4,), 6.0)])
+    assert (found.dtype, float(found)) == (torch.float32, 13.0)
 
 
 def shares(schedule: str, total_steps: int, warmup_fraction: float) -> list[float]:

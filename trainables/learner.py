@@ -12,17 +12,19 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trainables import products
+from trainables import optimizer, products
 from trainables.config import ModelConfig
 from trainables.model import build_model
-from trainables.optimizer import AdamW
-from trainables.parallel import Parallel
+from trainables.parallel import Parallel, largest_over_ranks
+
+if TYPE_CHECKING:
+    from trainables.adamw_kernel import OnePass
 
 Ready = TypeVar("Ready")
 
@@ -50,7 +52,7 @@ class Learner:
             compile_layers(self.network)
         elif kind.device.type == "cuda":  # inductor does as much by itself
             products.sum_by_products(self.network)
-        self.optimizer = AdamW(self.network)
+        self.optimizer = optimizer.AdamW(self.network, _one_pass(kind.device))
         self.parallel = Parallel(self.network, self.optimizer)
         self._ready: OrderedDict[Hashable, Any] = OrderedDict()
 
@@ -94,6 +96,13 @@ class Learner:
         is_shared = self.kind.device.type == "cpu"  # `to` makes no copy then
         self._fresh = {name: tensor.clone() if is_shared else tensor for name, tensor in network.state_dict().items()}
         return network
+
+
+def _one_pass(device: torch.device) -> type[OnePass] | None:
+    """The optimizer's kernel where all ranks can: others round otherwise, and nothing would bring the weights of the
+    ranks together again."""
+    found = optimizer.one_pass_on(device)
+    return None if largest_over_ranks(torch.tensor(float(found is None))) else found
 
 
 def compile_layers(network: nn.Module) -> None:

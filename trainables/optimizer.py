@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from trainables.memory import is_out_of_memory
+
 if TYPE_CHECKING:
     from trainables.adamw_kernel import OnePass
 
@@ -25,10 +27,11 @@ class AdamW(torch.optim.AdamW):
     and `load` write into it.
 
     On a GPU a step is one pass over memory where Triton can compile that; else it is torch's fused kernel, which takes
-    no tensor for the decay, so that this is a step of its own, as AdamW defines it.
+    no tensor for the decay, so that this is a step of its own, as AdamW defines it. Their results differ by rounding.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, one_pass: type[OnePass] | None = None) -> None:
+        """`one_pass`: see `one_pass_on`."""
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
         self._parameters = matrices + [parameter for parameter in parameters if parameter.ndim < 2]
@@ -47,11 +50,9 @@ class AdamW(torch.optim.AdamW):
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self._one_pass: OnePass | None = None
-        if (one_pass := one_pass_on(device)) is not None:
-            states = [self.state[parameter] for parameter in self._parameters]
-            means, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
-            self._one_pass = one_pass(self._parameters, means, squares)
+        states = [self.state[parameter] for parameter in self._parameters]
+        means, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        self._one_pass = None if one_pass is None else one_pass(self._parameters, means, squares)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -80,10 +81,13 @@ class AdamW(torch.optim.AdamW):
         torch._foreach_mul_(list(used.values()), clip)
         torch._foreach_mul_([parameter for parameter in used if parameter.ndim >= 2], self.rates[1])
         super().step()
-        self._renew_copies()
+        self.renew_copies()
 
     def copy_of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """A bf16 copy of a weight, which follows it; the weight follows the gradients of either."""
+        """A bf16 copy of a weight, which a step renews. The weight follows the copy's gradient if it has one.
+
+        It stays, also for trials that do not use it.
+        """
         if parameter not in self._copies:
             copy = self._copies[parameter] = parameter.detach().bfloat16().requires_grad_()
             if self._one_pass is not None:
@@ -97,10 +101,9 @@ class AdamW(torch.optim.AdamW):
             copy.grad = None
 
     def reset(self) -> None:
-        """As before the first step; the weights are new already."""
+        """As before the first step."""
         for tensor in self.tensors().values():
             tensor.zero_()
-        self._renew_copies()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state itself, `PARAMETER.KEY` -> tensor; parameters are numbered, matrices first."""
@@ -108,17 +111,17 @@ class AdamW(torch.optim.AdamW):
         return {f"{number}.{key}": tensor for number, state in enumerate(states) for key, tensor in state.items()}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over what `tensors` gave. The tensors stay where they are; the weights have been loaded already."""
+        """Takes over what `tensors` gave. The tensors stay where they are."""
         own = self.tensors()
         assert own.keys() == tensors.keys(), "the state of another model"
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-        self._renew_copies()
 
     @torch.no_grad()
-    def _renew_copies(self) -> None:
-        for parameter, copy in self._copies.items():
-            copy.copy_(parameter)
+    def renew_copies(self) -> None:
+        """After the weights were changed by other things than a step."""
+        if self._copies:
+            torch._foreach_copy_(list(self._copies.values()), list(self._copies))
 
 
 def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -144,10 +147,11 @@ def one_pass_on(device: torch.device) -> type[OnePass] | None:
         OnePass([weight], [mean], [square])([ones], torch.ones(3, device=device), corrections, (0.9, 0.999), 1e-8)
         if abs(float(weight) + 1) > 1e-4:  # the first step is the learning rate
             raise RuntimeError(f"a step from 0 to -1 led to {float(weight)}")
-    except torch.OutOfMemoryError:
-        raise
     # Whatever Triton, a compiler or a linker has to say: torch's own kernels do the same work.
     except Exception as error:
+        if is_out_of_memory(error):  # a neighbour may have filled the card, for a moment
+            raise
+        torch.cuda.synchronize()  # raises where the device itself is at fault
         reason = str(error).strip().partition("\n")[0]
         print(f"AdamW by torch's kernels, for {type(error).__name__}: {reason}", flush=True)
         return None

@@ -24,7 +24,8 @@ def autocast_weights(network: Any) -> dict[str, nn.Parameter]:
     if network.config.model_type not in AUTOCAST_FAMILIES:
         return {}
     products = {name for name, module in network.named_modules() if type(module) in PRODUCTS}
-    return {name: weight for name, weight in network.named_parameters() if name.rpartition(".")[0] in products}
+    weights = network.named_parameters()
+    return {name: each for name, each in weights if name.rpartition(".")[0] in products and each.requires_grad}
 
 
 def sum_by_products(network: nn.Module) -> None:
@@ -45,7 +46,7 @@ def _forward(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     rows = inputs.reshape(-1, inputs.shape[-1])
     product: Any = _Product
     found: torch.Tensor = product.apply(rows, module.weight, module.bias, type(module) is nn.Linear)
-    return found.view(*inputs.shape[:-1], -1)
+    return found.view(*inputs.shape[:-1], found.shape[-1])
 
 
 class _Product(torch.autograd.Function):

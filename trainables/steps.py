@@ -144,6 +144,7 @@ class Steps:
             torch.from_numpy(np.concatenate(column)).to(self._device) for column in zip(*shares, strict=True)
         )
         all_rates = torch.tensor(rates).to(self._device)
+        self._optimizer.renew_copies()
         self._totals.zero_()
         for number, batch in enumerate(batches):
             width = bucket_width(int(self._train.lengths[batch].max()), self._max_length)

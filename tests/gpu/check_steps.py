@@ -107,17 +107,26 @@ def next_trials() -> None:
     losses("gpt2", MRPC, learning_rate=1e-4, weight_decay=0.1, warmup_fraction=0.3, max_grad_norm=None, seed=7)
     check("gpt2: another rate, decay, warm-up, clipping and seed captures nothing", [num_graphs()], [graphs], 0)
     check("gpt2: a reset model is as new", losses("gpt2", MRPC), first, 1e-5)
+    learner._kept.clear()
+    first = losses("gpt2", MRPC, precision="bf16")
+    others: list[dict[str, Any]] = [{"precision": "fp32"}, {"micro_batch_size": 14}, {"seed": 7}]
+    for other in others:
+        losses("gpt2", MRPC, **{"precision": "bf16"} | other)
+        check(f"gpt2, bf16: as new after {other}", losses("gpt2", MRPC, precision="bf16"), first, 1e-5)
 
 
 def resumed() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        undisturbed = []
-        for report in reports("gpt2", MRPC, max_epochs=3, dropout=0.1):
-            undisturbed.append(report.metrics["train_loss"])
-            if report.epoch == 2 and report.save is not None:
-                report.save(Path(folder))
-        again = losses("gpt2", MRPC, Path(folder), max_epochs=3, dropout=0.1)
-        check("gpt2: a resumed trial goes on as if it had not been cut, with dropout", again, undisturbed[2:], 1e-4)
+    for precision in ("fp32", "bf16"):
+        options: dict[str, Any] = {"max_epochs": 3, "dropout": 0.1, "precision": precision}
+        with tempfile.TemporaryDirectory() as folder:
+            undisturbed = []
+            for report in reports("gpt2", MRPC, **options):
+                undisturbed.append(report.metrics["train_loss"])
+                if report.epoch == 2 and report.save is not None:
+                    report.save(Path(folder))
+            again = losses("gpt2", MRPC, Path(folder), **options)
+            name = f"gpt2, {precision}: a resumed trial goes on as if it had not been cut, with dropout"
+            check(name, again, undisturbed[2:], 1e-4)
 
 
 def masks() -> None:
