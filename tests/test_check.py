@@ -154,9 +154,6 @@ def test_more_than_the_machine_has_is_found(finetune: dict[str, Any], tmp_path: 
     assert checks(finetune, tmp_path, Machine(cpus=8, gpus=2, memory_bytes=GIB))["resources"].found == (
         "8 CPUs, 2 GPUs: 2 trials at once"
     )
-    assert checks(finetune, tmp_path, Machine(cpus=8, gpus=1, memory_bytes=GIB))["resources"].found == (
-        "8 CPUs, 1 GPU: one trial at a time"
-    )
 
 
 def test_of_auto_is_told_what_is_known_before_the_study_runs(finetune: dict[str, Any], tmp_path: Path) -> None:

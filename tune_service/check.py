@@ -120,11 +120,7 @@ def _resources(spec: StudySpec, room: Room) -> str:
     at_once = room.fit(spec.resources, spec.budget.concurrent_trials)
     if spec.resources.finds_share:
         return f"{room.offer()}: {at_once} trials at once at most; how many share a GPU is found while they run"
-    return f"{room.offer()}: {in_words(at_once)}"
-
-
-def in_words(at_once: int) -> str:
-    return f"{at_once} trials at once" if at_once > 1 else "one trial at a time"
+    return f"{room.offer()}: {at_once} trials at once"
 
 
 def room_for_checkpoints(spec: StudySpec, storage: StudyStorage, each: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from trainables.errors import OutOfMemoryError, TrialError
 from trainables.worker import START_DEADLINE_S, Task
 from tune_service import diagnosis
-from tune_service.check import Check, in_words
+from tune_service.check import Check
 from tune_service.cluster_room import ClusterRoom
 from tune_service.diagnosis import Node
 from tune_service.estimate import estimate, too_long
@@ -103,7 +103,7 @@ def _step(
         return
     at_once = room.fit(spec.resources, spec.budget.concurrent_trials)
     estimated = estimate(spec, found, at_once, storage_bytes_s)
-    yield too_long(spec, estimated) or Check(TRIED[-1], True, f"{estimated}; with {in_words(at_once)}")
+    yield too_long(spec, estimated) or Check(TRIED[-1], True, f"{estimated}; with {at_once} trials at once")
 
 
 def _failed(name: str, error: TrialError) -> Check:

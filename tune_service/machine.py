@@ -34,7 +34,7 @@ class Machine:
 
     def offer(self) -> str:
         """In words."""
-        return ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in ((self.cpus, "CPU"), (self.gpus, "GPU")))
+        return f"{self.cpus} CPUs, {self.gpus} GPUs"
 
     def fit(self, resources: ResourcesSpec, concurrent_trials: int | None = None) -> int:
         """How many trials run at once; 0 when not even one has room."""

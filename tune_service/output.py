@@ -90,8 +90,7 @@ def print_status(found: StudyStatus, as_json: bool) -> None:
 
     console = _console()
     console.print(study_table(found, MAX_ROWS if console.is_terminal else None))
-    plural = "s" * (len(found.trials) != 1)
-    console.print(f"study {found.study}: {found.state}, {len(found.trials)} trial{plural}", highlight=False)
+    console.print(f"study {found.study}: {found.state}, {len(found.trials)} trials", highlight=False)
     console.print(best_line(found), highlight=False, soft_wrap=True)
     if found.notice is not None:
         console.print(found.notice, style="yellow", highlight=False, soft_wrap=True)
