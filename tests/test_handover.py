@@ -23,6 +23,7 @@ def packed(package: Path, *members: tuple[str, bytes]) -> Path:
 
 def test_a_folder_comes_out_as_it_went_in(tmp_path: Path) -> None:
     (tmp_path / "best" / "model").mkdir(parents=True)
+    (tmp_path / "best" / "empty").mkdir()
     (tmp_path / "best" / "config.yaml").write_text("name: bread\n")
     (tmp_path / "best" / "model" / "model.safetensors").write_bytes(bytes(range(256)) * 300)
     with tarfile.open(tmp_path / "best.tar", "w") as tar:
@@ -30,6 +31,7 @@ def test_a_folder_comes_out_as_it_went_in(tmp_path: Path) -> None:
     unpack(tmp_path / "best.tar", tmp_path / "out")
     for name in ("config.yaml", "model/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "best" / name).read_bytes()
+    assert (tmp_path / "out" / "empty").is_dir()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/tmp/../../outside", "model/../../outside"])
@@ -41,14 +43,13 @@ def test_a_file_that_would_lie_elsewhere_is_refused(tmp_path: Path, name: str) -
     assert not (tmp_path / "outside").exists()
 
 
-def test_a_link_is_left_out_and_so_leads_nowhere(tmp_path: Path) -> None:
-    (tmp_path / "secret").mkdir()
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_what_is_no_file_or_folder_is_refused_not_left_out(tmp_path: Path, kind: bytes) -> None:
     with tarfile.open(tmp_path / "best.tar", "w") as tar:
-        link = tarfile.TarInfo("model")
-        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "secret")
-        tar.addfile(link)
-    packed_too = packed(tmp_path / "more.tar", ("model/weights", b"plain"))
-    unpack(tmp_path / "best.tar", tmp_path / "out")
-    unpack(packed_too, tmp_path / "out")
-    assert (tmp_path / "out" / "model" / "weights").read_bytes() == b"plain"
-    assert not list((tmp_path / "secret").iterdir())
+        member = tarfile.TarInfo("model")
+        member.type, member.linkname = kind, str(tmp_path / "secret")
+        tar.addfile(member)
+    with pytest.raises(CommandError) as refusal:
+        unpack(tmp_path / "best.tar", tmp_path / "out")
+    assert refusal.value.problems[0].found == "model"
+    assert not (tmp_path / "out" / "model").exists()

@@ -17,7 +17,7 @@ from tune_service.local_ray import LOCK, _end_processes_of, _is_of, scratch_fold
 
 OWNER = """
 import subprocess, sys, time
-from tune_service.local_ray import LOCK, _end_processes_of, _is_of, scratch_folder
+from tune_service.local_ray import LOCK, scratch_folder
 with scratch_folder() as scratch:
     (scratch / "session").mkdir()
     (scratch / "session" / "log").write_text("a line")

@@ -90,7 +90,7 @@ def fetch(dashboard: Dashboard, node_id: str, found: Mapping[str, Any], out: Pat
 
 
 def unpack(package: Path, folder: Path) -> None:
-    """Takes the plain files out of a tar file, and nothing else. Raises CommandError where one would lie elsewhere.
+    """Unpacks a tar file of plain files and folders. Raises CommandError for anything else, or one that lies elsewhere.
 
     (tarfile's own `filter` is not in Python 3.11.0 to 3.11.3, of which Debian 12 has one.)
     """
@@ -98,13 +98,16 @@ def unpack(package: Path, folder: Path) -> None:
     with tarfile.open(package) as tar:
         for member in tar:
             target = (folder / member.name).resolve()
-            if not target.is_relative_to(folder):
-                raise CommandError(Problem(package.name, "its files lie in one folder", member.name, "plain files"))
-            source = tar.extractfile(member) if member.isfile() else None
-            if source is not None:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with source, target.open("wb") as file:
-                    shutil.copyfileobj(source, file)
+            if not target.is_relative_to(folder) or not (member.isfile() or member.isdir()):
+                rule = "what it holds are plain files and folders, in one folder"
+                raise CommandError(Problem(package.name, rule, member.name, "what the cluster packed: try again"))
+            source = tar.extractfile(member)  # None: a folder
+            if source is None:
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source, target.open("wb") as file:
+                shutil.copyfileobj(source, file)
 
 
 def _sweep(exports: Path) -> None:
