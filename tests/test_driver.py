@@ -126,10 +126,13 @@ class HandDriven:
         (self.folder.checkpoints.stage(number, epoch) / "weights").write_bytes(b"w" * num_bytes)
         self.folder.checkpoints.commit(number, epoch, metrics, resumable)
 
-    def saved(self, number: int, epoch: int, num_bytes: int, resumable: bool = True) -> bool:
+    def saved(
+        self, number: int, epoch: int, num_bytes: int, resumable: bool = True, whole_bytes: int | None = None
+    ) -> bool:
         """The checkpoint of the last report is whole. Whether the trial goes on."""
         result = {"number": number, "next_within_s": 60.0, "finished": False, "owes": not resumable}
-        return self.driver.result(result | {"saved": epoch, "checkpoint_bytes": num_bytes, "resumable": resumable})
+        result |= {"saved": epoch, "checkpoint_bytes": num_bytes, "resumable": resumable}
+        return self.driver.result(result | {"whole_bytes": num_bytes if whole_bytes is None else whole_bytes})
 
     def finish(self, number: int) -> bool:
         """The trainable came to its end before its last epoch."""
@@ -826,6 +829,17 @@ def test_when_room_is_short_the_worst_trials_checkpoints_go(tmp_path: Path) -> N
     assert study.folder.checkpoints.kept() == {0: [1], 1: [1], 2: [1]}
     study.report(study.begin(), 1, 0.4, num_bytes=100)  # 400 are full, and its next one needs 100
     assert study.folder.checkpoints.kept() == {1: [1], 2: [1], 3: [1]}
+
+
+def test_room_is_kept_for_a_whole_checkpoint_before_there_is_one(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(400))
+    for score in (0.5, 0.7):
+        study.run(score, num_bytes=50)
+    number = study.begin()
+    study.report(number, 1, 0.6, num_bytes=50, resumable=False)
+    assert study.folder.checkpoints.kept() == {0: [1], 1: [1], 2: [1]}
+    study.saved(number, 1, 50, resumable=False, whole_bytes=300)
+    assert study.folder.checkpoints.kept() == {1: [1], 2: [1]}, "150 and 300 are more than 400"
 
 
 def test_a_failed_trial_keeps_no_checkpoint_that_the_best_one_needs_room_for(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def climbs(context: Context) -> Iterator[Report]:
 
     for epoch, score in enumerate(context.params["scores"][begin:], start=begin + 1):
         parts = save_model if context.params["in_parts"] else None
-        yield Report(epoch, {"score": score}, partial(save, epoch=epoch), parts)
+        yield Report(epoch, {"score": score}, partial(save, epoch=epoch), parts, context.params.get("num_bytes", 0))
 
 
 def cleans_up(context: Context) -> Iterator[Report]:
@@ -139,7 +139,14 @@ def test_a_trial_is_ready_then_reports_then_saves_when_it_is_to_go_on(task: Task
         "memory_share": 0.0,
     }
     assert first == {"epoch": 1} | report
-    assert saved == {"saved": 1, "owes": False, "checkpoint_bytes": 112, "resumable": True, "finished": False}
+    assert saved == {
+        "saved": 1,
+        "owes": False,
+        "checkpoint_bytes": 112,
+        "whole_bytes": 112,
+        "resumable": True,
+        "finished": False,
+    }
     assert last == {"epoch": 2} | report | {
         "saves": False,
         "owes": False,
@@ -208,9 +215,11 @@ def test_ranks_train_on_while_a_checkpoint_is_synced_that_takes_long(
 SCORES = [0.5, 0.6, 0.55, 0.58, 0.7, 0.65]
 
 
-def climbing(task: Task, whole_s: float, scores: list[float] = SCORES, in_parts: bool = True) -> Supervisor:
-    """A trial whose supervisor has seen a whole checkpoint take `whole_s`."""
-    params = {"scores": scores, "in_parts": in_parts}
+def climbing(
+    task: Task, whole_s: float | None, scores: list[float] = SCORES, in_parts: bool = True, num_bytes: int = 0
+) -> Supervisor:
+    """A trial whose supervisor has seen a whole checkpoint take `whole_s`; None: it has seen none."""
+    params = {"scores": scores, "in_parts": in_parts, "num_bytes": num_bytes}
     trial = replace(task, trainable="test_trial:climbs", params=params, max_epochs=len(scores))
     found = supervisor(replace(trial, objective=("score", "max")))
     found._whole_s = whole_s
@@ -254,6 +263,46 @@ def test_a_whole_checkpoint_is_due_when_ten_times_what_one_takes_have_passed(tas
     found._whole_at -= 1.0
     assert saves(found, epochs=5) == {5: (21, True)}
     assert found._whole_s is None, "small ones are never left out"
+
+
+GB = 10**9
+
+
+def test_a_first_checkpoint_that_is_small_or_goes_fast_is_whole(task: Task) -> None:
+    for number, num_bytes in enumerate((0, 21, GB // 4)):
+        first = climbing(replace(task, number=number), None, num_bytes=num_bytes)
+        assert saves(first, epochs=1) == {1: (21, True)}
+
+
+def test_a_first_checkpoint_that_is_large_is_of_the_model_alone_until_the_trial_has_run_ten_times_as_long(
+    task: Task,
+) -> None:
+    for number, (ran_s, saved) in enumerate([(0.0, (10, False)), (35.0, (10, False)), (40.0, (21, True))]):
+        found = climbing(replace(task, number=number), None, num_bytes=4 * GB)
+        found.step()
+        found._whole_at -= ran_s
+        assert saves(found, epochs=1) == {1: saved}
+
+
+def test_a_first_model_tells_how_long_a_whole_checkpoint_takes_until_there_is_one(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = climbing(task, None, num_bytes=4 * GB)
+    monkeypatch.setattr("trainables.trial.LARGE_BYTES", 20)
+    commit, commit_s = found._store.commit, [0.1, 0.5, 0.0]
+    monkeypatch.setattr(found._store, "commit", lambda *given: (time.sleep(commit_s.pop(0)), commit(*given))[1])
+    found.step(), found.step()
+    saved = found.step()
+    assert (saved["saved"], saved["checkpoint_bytes"], saved["whole_bytes"]) == (1, 10, 4 * GB)
+    assert found._whole_s is not None and 0.1 < found._whole_s / (4 * GB / 10) < 0.2
+    assert found._deadline.save_seconds == 5 * found._whole_s
+    found.save_whole()
+    found.step()
+    assert found.step()["whole_bytes"] == 21
+    assert 0.5 < found._whole_s < 1.0
+    found._is_left = False
+    assert saves(found, epochs=5)[5] == (10, False)
+    assert 0.5 < found._whole_s < 1.0, "a model alone says less than the whole one did"
 
 
 def test_a_trial_that_is_to_be_left_saves_its_last_report_whole_after_all(task: Task) -> None:

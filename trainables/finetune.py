@@ -45,7 +45,7 @@ def finetune(context: Context) -> Iterator[Report]:
             started = time.perf_counter()
             metrics = run.train_epoch(epoch) | run.evaluate()
             metrics["epoch_s"] = time.perf_counter() - started
-            yield Report(epoch, metrics, run.save, run.save_model)
+            yield Report(epoch, metrics, run.save, run.save_model, run.num_bytes())
     finally:
         run.close()
 
@@ -187,6 +187,11 @@ class Run:
         if self.rank == 0:
             save_file(self.learner.optimizer.tensors(), folder / "optimizer.safetensors")
             write_json(folder / "progress.json", {"epoch": self.epoch, "step": self.step})
+
+    def num_bytes(self) -> int:
+        """What `save` writes, but for some kilobytes."""
+        moments = self.learner.optimizer.tensors().values()
+        return sum(tensor.nbytes for tensor in [*self.learner.network.parameters(), *moments])
 
     def save_model(self, folder: Path) -> None:
         """Writes the model and its tokenizer, a third of the bytes: rank 0."""

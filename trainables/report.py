@@ -21,6 +21,9 @@ class Report:
     save_model: Callable[[Path], None] | None = None
     """Writes only what is handed out when this epoch is the best, a part of what `save` writes: no trial goes on from
     it. Called in the place of `save` where that takes long. Without it a checkpoint is always the whole one."""
+    num_bytes: int = 0
+    """About what `save` writes, on all ranks together; 0: nobody knows before. It tells which to write first where both
+    ways to save are given."""
 
 
 @dataclass(frozen=True)

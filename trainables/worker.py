@@ -48,6 +48,9 @@ KEPT_FREE = 10.0
 """So at most a tenth of a trial's time goes into what only a crash would need, and a crash costs it no more than the
 running epoch and ten times what a checkpoint takes. (The optimum for a known rate of failures would be longer:
 J. W. Young, A first order approximation to the optimum checkpoint interval, CACM 17(9), 1974.)"""
+FAST_BYTES_S = 1e9
+"""What a checkpoint writes in a second where that goes fast: so long a first whole one is thought to take, until the
+first model was written."""
 MOST_FREE_S = 600.0
 """A whole checkpoint is due after this long in any case: the last one may have met a disk that stood still."""
 LOG_LINES = 20
@@ -96,6 +99,7 @@ class RankReport:
     metrics: dict[str, float]
     saves: bool
     saves_model: bool = False
+    num_bytes: int = 0
     took_s: float = field(default=0.0, compare=False)
     """From the report before to this one, by the rank's own clock."""
     memory_share: float = field(default=0.0, compare=False)
@@ -170,7 +174,8 @@ class RankWorker:
             metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
         report, took_s = self._report, time.monotonic() - started
         saves, saves_model = report.save is not None, report.save_model is not None
-        return RankReport(report.epoch, metrics, saves, saves_model, took_s, gpu_memory_share())
+        num_bytes = int(report.num_bytes)
+        return RankReport(report.epoch, metrics, saves, saves_model, num_bytes, took_s, gpu_memory_share())
 
     def save(self, folder: str, model_alone: bool = False) -> None:
         """Writes this rank's part of the last report's checkpoint; nothing when its report has no way to."""

@@ -209,6 +209,7 @@ class RayWorkerGroup(WorkerGroup):
             first,
             saves=any(report.saves for report in reports),
             saves_model=any(report.saves_model for report in reports),
+            num_bytes=max(report.num_bytes for report in reports),
         )
 
     def save(self, folder: Path, model_alone: bool = False) -> None:

@@ -128,6 +128,10 @@ class KeptCheckpoints:
         """The epoch after which the trial would go on; None: it would begin again."""
         return max(self._trials[number].resumable, default=None)
 
+    def expect(self, num_bytes: int) -> None:
+        """A checkpoint may take so much; the one that comes next may be a part of it."""
+        self._largest_bytes = max(self._largest_bytes, num_bytes)
+
     def saw(self, number: int, epoch: int, value: float, num_bytes: int | None, resumable: bool = True) -> None:
         """A report came, with a checkpoint of `num_bytes` or with none."""
         trial = self._trials[number]
@@ -137,7 +141,7 @@ class KeptCheckpoints:
             trial.saw(value, epoch, self._objective)
         if num_bytes is not None:
             trial.sizes[epoch] = num_bytes
-            self._largest_bytes = max(self._largest_bytes, num_bytes)
+            self.expect(num_bytes)
             (trial.resumable.add if resumable else trial.resumable.discard)(epoch)
             self._retain()
 
