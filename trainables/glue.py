@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,15 @@ def _regression_metrics(predicted: np.ndarray, scores: np.ndarray) -> dict[str, 
     return {
         "eval_loss": float(np.square(predicted - scores).mean()),
         "eval_pearson": _pearson(predicted, scores),
-        # pandas gives tied values their mean rank, which is what Spearman's coefficient means by a rank.
-        "eval_spearman": _pearson(pd.Series(predicted).rank().to_numpy(), pd.Series(scores).rank().to_numpy()),
+        "eval_spearman": _pearson(_ranks(predicted), _ranks(scores)),
     }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share their mean rank, as Spearman's coefficient has it."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = np.cumsum(counts) - (counts - 1) / 2
+    return ranks[places]
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
