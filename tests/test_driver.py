@@ -840,6 +840,9 @@ def test_room_is_kept_for_a_whole_checkpoint_before_there_is_one(tmp_path: Path)
     assert study.folder.checkpoints.kept() == {0: [1], 1: [1], 2: [1]}
     study.saved(number, 1, 50, resumable=False, whole_bytes=300)
     assert study.folder.checkpoints.kept() == {1: [1], 2: [1]}, "150 and 300 are more than 400"
+    assert not study.driver.has_room
+    study.report(number, 2, 0.6, num_bytes=60)
+    assert study.driver.has_room, "it was not so large"
 
 
 def test_a_failed_trial_keeps_no_checkpoint_that_the_best_one_needs_room_for(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from trainables import Context, Report
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
 from trainables.trial import TrialSupervisor, halved
-from trainables.worker import CHEAP_S, Task
+from trainables.worker import CHEAP_S, START_DEADLINE_S, Task
 from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
 
 MAX_EPOCHS = 2
@@ -222,7 +222,8 @@ def climbing(
     params = {"scores": scores, "in_parts": in_parts, "num_bytes": num_bytes}
     trial = replace(task, trainable="test_trial:climbs", params=params, max_epochs=len(scores))
     found = supervisor(replace(trial, objective=("score", "max")))
-    found._whole_s = whole_s
+    if whole_s is not None:
+        found._whole_s, found._whole_bytes = whole_s, 1
     return found
 
 
@@ -284,25 +285,41 @@ def test_a_first_checkpoint_that_is_large_is_of_the_model_alone_until_the_trial_
         assert saves(found, epochs=1) == {1: saved}
 
 
-def test_a_first_model_tells_how_long_a_whole_checkpoint_takes_until_there_is_one(
+def test_the_time_of_a_first_whole_checkpoint_is_judged_by_a_large_model_and_its_deadline_by_nothing(
     task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = climbing(task, None, num_bytes=4 * GB)
-    monkeypatch.setattr("trainables.trial.LARGE_BYTES", 20)
-    commit, commit_s = found._store.commit, [0.1, 0.5, 0.0]
+    commit, commit_s = found._store.commit, [0.1, 0.1, 0.1, 0.5, 0.0]
     monkeypatch.setattr(found._store, "commit", lambda *given: (time.sleep(commit_s.pop(0)), commit(*given))[1])
-    found.step(), found.step()
+    saves(found, epochs=1), found.step()
+    assert found._whole_s == 4.0, "a model of 10 bytes tells nothing"
+    monkeypatch.setattr("trainables.trial.LARGE_BYTES", 10)
     saved = found.step()
-    assert (saved["saved"], saved["checkpoint_bytes"], saved["whole_bytes"]) == (1, 10, 4 * GB)
+    assert (saved["saved"], saved["checkpoint_bytes"], saved["whole_bytes"]) == (2, 10, 4 * GB)
+    found.step(), found.save_whole()
     assert found._whole_s is not None and 0.1 < found._whole_s / (4 * GB / 10) < 0.2
-    assert found._deadline.save_seconds == 5 * found._whole_s
-    found.save_whole()
+    assert found._deadline.save_seconds == START_DEADLINE_S
+    found._task = replace(found._task, max_epochs=100)
+    whole = found.step()
+    assert (whole["saved"], whole["whole_bytes"]) == (3, 21)
+    assert found._deadline.save_seconds == 60.0
+
+
+def test_what_one_trial_says_of_its_checkpoints_is_not_thought_of_the_next(task: Task) -> None:
+    found = climbing(task, None, num_bytes=40 * GB)
+    assert saves(found, epochs=1) == {1: (10, False)}
+    small = replace(found._task, number=1, budget_bytes=GB, params=found._task.params | {"num_bytes": 21})
+    found.reset_config({"task": asdict(small)})
+    assert saves(found, epochs=1) == {1: (21, True)}
+
+
+@pytest.mark.parametrize("num_bytes", [-1, 4e9, float("nan"), None, "many"])
+def test_num_bytes_that_is_no_number_of_bytes_is_told(task: Task, num_bytes: Any) -> None:
+    found = climbing(task, None, num_bytes=num_bytes)
     found.step()
-    assert found.step()["whole_bytes"] == 21
-    assert 0.5 < found._whole_s < 1.0
-    found._is_left = False
-    assert saves(found, epochs=5)[5] == (10, False)
-    assert 0.5 < found._whole_s < 1.0, "a model alone says less than the whole one did"
+    failure = found.step()
+    assert failure["fault"] == "input"
+    assert "rank 0 raised TrainableError" in failure["failure"] and f"num_bytes {num_bytes!r}" in failure["failure"]
 
 
 def test_a_trial_that_is_to_be_left_saves_its_last_report_whole_after_all(task: Task) -> None:

@@ -68,10 +68,10 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     A result holds `epoch`, `metrics` (pairs: Tune would flatten a mapping), `memory_share` (of its GPU, so far at most;
     none in a report from before that is told again), `saves` (its checkpoint is the next result), `owes` (a whole one
     comes, now or with a later report, where `save_whole` is called), `checkpoint_bytes` (None: none was saved so far)
-    and `finished`; or `saved`, an epoch, with `owes`, `checkpoint_bytes`, `whole_bytes` and `resumable`; or `finished`
-    alone; or
-    `failure`, with `fault` (storage, budget, memory, input) where the cause is known and `micro_batch_size` where it
-    begins again with that; and always `number` and `next_within_s`, the time until the next result is overdue.
+    and `finished`; or `saved`, an epoch, with `owes`, `checkpoint_bytes`, `whole_bytes` (of a whole one, as far as is
+    known) and `resumable`; or `finished` alone; or `failure`, with `fault` (storage, budget, memory, input) where the
+    cause is known and `micro_batch_size` where it begins again with that; and always `number` and `next_within_s`, the
+    time until the next result is overdue.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -82,11 +82,12 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._saves = False
         """Whether the study's trainable has been seen to save: the deadline of what comes next depends on it."""
         self._whole_s: float | None = None
-        """What the last whole checkpoint took, of whichever trial, or the first will take; None: none that is large."""
+        """What the last whole checkpoint took, of whichever trial; before there was one, what this trial's would take.
+        None: it is not large."""
         self._whole_bytes = 0
-        """Its size."""
-        self._whole_seen = False
-        """Whether there was one."""
+        """The last one's size; 0: there was none."""
+        self._byte_s = 1 / FAST_BYTES_S
+        """What a byte of a checkpoint takes, by the last large model; of use until there was a whole one."""
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -164,12 +165,13 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         if report is not None:
             manifest = self._save(self._group, report)
             saved = {"saved": report.epoch, "owes": self._owes, "checkpoint_bytes": manifest.num_bytes}
-            return saved | {"whole_bytes": self._whole_bytes, "resumable": manifest.resumable, "finished": False}
+            whole_bytes = self._whole_bytes or report.num_bytes
+            return saved | {"whole_bytes": whole_bytes, "resumable": manifest.resumable, "finished": False}
         next_report = self._group.next_report()
         if next_report is None:
             return {"finished": True}
-        if next_report.num_bytes and not self._whole_bytes:
-            self._set_whole(next_report.num_bytes / FAST_BYTES_S, next_report.num_bytes)
+        if not self._whole_bytes:
+            self._whole_s = _whole_s(next_report.num_bytes * self._byte_s, next_report.num_bytes)
         self._saves = next_report.saves or self._saves
         self._owes = next_report.saves or self._owes
         written: Manifest | None = None
@@ -215,19 +217,14 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             self._store.discard(number, epoch)  # half a checkpoint takes the room that the record needs
             raise
         took_s = time.monotonic() - began
-        if not model_alone:
-            self._whole_at, self._owes, self._whole_seen = time.monotonic(), False, True
+        if not model_alone:  # a model alone says little of how long a whole one takes
+            self._whole_at, self._owes = time.monotonic(), False
             self._deadline.saved(took_s)
-            self._set_whole(took_s, manifest.num_bytes)
-        elif self._whole_bytes and not self._whole_seen:  # else it says little of how long a whole one takes
-            whole_s = took_s * self._whole_bytes / manifest.num_bytes
-            self._deadline.saved(whole_s)
-            self._set_whole(whole_s, self._whole_bytes)
+            self._whole_bytes = manifest.num_bytes
+            self._whole_s = _whole_s(took_s, self._whole_bytes)
+        elif manifest.num_bytes >= LARGE_BYTES:
+            self._byte_s = took_s / manifest.num_bytes
         return manifest
-
-    def _set_whole(self, whole_s: float, num_bytes: int) -> None:
-        self._whole_bytes = num_bytes
-        self._whole_s = whole_s if num_bytes >= LARGE_BYTES else None
 
     def _begin(self) -> Manifest | None:
         """Gets the ranks ready, after the trial's last checkpoint if it has one, which is returned."""
@@ -294,6 +291,10 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         if self._group is not None:
             self._group.shutdown()
             self._group = None
+
+
+def _whole_s(seconds: float, num_bytes: int) -> float | None:
+    return seconds if num_bytes >= LARGE_BYTES else None
 
 
 def _floats(metrics: dict[str, float | None]) -> dict[str, float]:

@@ -49,8 +49,8 @@ KEPT_FREE = 10.0
 running epoch and ten times what a checkpoint takes. (The optimum for a known rate of failures would be longer:
 J. W. Young, A first order approximation to the optimum checkpoint interval, CACM 17(9), 1974.)"""
 FAST_BYTES_S = 1e9
-"""What a checkpoint writes in a second where that goes fast: so long a first whole one is thought to take, until the
-first model was written."""
+"""What a checkpoint writes in a second where that goes fast: by it the time of a first whole one is judged, until a
+large model was written."""
 MOST_FREE_S = 600.0
 """A whole checkpoint is due after this long in any case: the last one may have met a disk that stood still."""
 LOG_LINES = 20
@@ -174,8 +174,7 @@ class RankWorker:
             metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
         report, took_s = self._report, time.monotonic() - started
         saves, saves_model = report.save is not None, report.save_model is not None
-        num_bytes = int(report.num_bytes)
-        return RankReport(report.epoch, metrics, saves, saves_model, num_bytes, took_s, gpu_memory_share())
+        return RankReport(report.epoch, metrics, saves, saves_model, report.num_bytes, took_s, gpu_memory_share())
 
     def save(self, folder: str, model_alone: bool = False) -> None:
         """Writes this rank's part of the last report's checkpoint; nothing when its report has no way to."""
@@ -238,6 +237,9 @@ def _checked(report: object, before: Report | None) -> Report | None:
         found = f"epoch {report.epoch!r} after epoch {last}"
         expected = f"epoch {last + 1}, or a later one"
         raise TrainableError(Problem("trainable", "counts its epochs up from 1", found, expected))
+    if not isinstance(report.num_bytes, int) or report.num_bytes < 0:
+        found, expected = f"num_bytes {report.num_bytes!r:.50}", "a number of bytes, or 0 where it is not known"
+        raise TrainableError(Problem("trainable", "says how large a checkpoint is as a whole number", found, expected))
     return report
 
 

@@ -128,7 +128,7 @@ class Driver:
         if "failure" in result:
             return self._failed(number, result)
         if "saved" in result:
-            self._kept.expect(result["whole_bytes"])
+            self._kept.expect(number, result["whole_bytes"])
             self._saw_checkpoint(number, result["saved"], result["checkpoint_bytes"], result["resumable"])
         goes_on = self._report(number, result) if "epoch" in result else True
         if goes_on and result["finished"]:

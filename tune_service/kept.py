@@ -28,6 +28,8 @@ class _Trial:
     """Epoch -> bytes of the checkpoints that exist."""
     resumable: set[int] = field(default_factory=set)
     """The epochs among them that the trial can go on from."""
+    expected: int = 0
+    """Bytes of a whole checkpoint, as far as the trial alone knows."""
 
     def saw(self, value: float, epoch: int, objective: ObjectiveStatus) -> None:
         if self.best is None or self.best_epoch == epoch or objective.better(value, self.best):
@@ -108,7 +110,12 @@ class KeptCheckpoints:
             trial.end is None and bool(trial.sizes) for number, trial in self._trials.items() if number not in self.out
         )
         needed = 2 * (len(self.out) + 1) + waiting + 2
-        return not self.out or needed * self._largest_bytes <= self._budget_bytes
+        return not self.out or needed * self._next_bytes <= self._budget_bytes
+
+    @property
+    def _next_bytes(self) -> int:
+        """The most that a next checkpoint may take."""
+        return max([self._largest_bytes, *(self._trials[number].expected for number in self.out)])
 
     def has_value(self, number: int) -> bool:
         """Whether the trial has reported a finite objective."""
@@ -128,9 +135,9 @@ class KeptCheckpoints:
         """The epoch after which the trial would go on; None: it would begin again."""
         return max(self._trials[number].resumable, default=None)
 
-    def expect(self, num_bytes: int) -> None:
-        """A checkpoint may take so much; the one that comes next may be a part of it."""
-        self._largest_bytes = max(self._largest_bytes, num_bytes)
+    def expect(self, number: int, num_bytes: int) -> None:
+        """A whole checkpoint of the trial takes so much; before there was one, by the trial's own word."""
+        self._trials[number].expected = min(num_bytes, self._budget_bytes)
 
     def saw(self, number: int, epoch: int, value: float, num_bytes: int | None, resumable: bool = True) -> None:
         """A report came, with a checkpoint of `num_bytes` or with none."""
@@ -141,7 +148,7 @@ class KeptCheckpoints:
             trial.saw(value, epoch, self._objective)
         if num_bytes is not None:
             trial.sizes[epoch] = num_bytes
-            self.expect(num_bytes)
+            self._largest_bytes = max(self._largest_bytes, num_bytes)
             (trial.resumable.add if resumable else trial.resumable.discard)(epoch)
             self._retain()
 
@@ -170,7 +177,7 @@ class KeptCheckpoints:
             for epoch, num_bytes in trial.sizes.items()
         ]
         sign = 1.0 if self._objective.mode == "max" else -1.0
-        for number, epoch in to_delete(kept, sign, self._budget_bytes, len(self.out), self._largest_bytes):
+        for number, epoch in to_delete(kept, sign, self._budget_bytes, len(self.out), self._next_bytes):
             del self._trials[number].sizes[epoch]
             self._trials[number].resumable.discard(epoch)
             self._store.delete(number, epoch)
