@@ -399,7 +399,7 @@ def test_the_model_alone_is_what_best_hands_out(settings: Callable[..., Settings
     assert report.save is not None and report.save_model is not None
     report.save(whole), report.save_model(alone)
     written = sum(path.stat().st_size for path in whole.rglob("*.safetensors") if not path.name.startswith("rng-"))
-    assert report.num_bytes < written < report.num_bytes + 10_000 * 2, "but for the files' headers"
+    assert report.num_bytes < written < report.num_bytes + 20_000, "but for the files' headers"
     reports.close()
     files = {path.relative_to(alone): path.read_bytes() for path in alone.rglob("*") if path.is_file()}
     assert Path("model/model.safetensors") in files and {path.parts[0] for path in files} == {"model"}

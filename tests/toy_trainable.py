@@ -14,14 +14,18 @@ from trainables import Context, Report
 
 
 def counts(context: Context) -> Iterator[Report]:
-    """Reports epochs 1 to max_epochs with score = x * epoch + rank; each rank saves a file of its own."""
+    """Reports epochs 1 to max_epochs with score = x * epoch + rank; each rank saves a file of its own.
+
+    Rank 0 does not know how much that is.
+    """
     for epoch in range(1, context.max_epochs + 1):
 
         def save(folder: Path, epoch: int = epoch) -> None:
             (folder / f"rank-{context.rank}").write_text(str(epoch))
 
         print(f"rank {context.rank} at epoch {epoch}")
-        yield Report(epoch, {"score": context.params["x"] * epoch + context.rank}, save)
+        score = context.params["x"] * epoch + context.rank
+        yield Report(epoch, {"score": score}, save, num_bytes=10 * context.rank)
 
 
 def fails(context: Context) -> Iterator[Report]:
