@@ -51,7 +51,7 @@ def test_time_is_epochs_over_trials_at_once_and_never_less_than_one_trial_takes(
 
 def test_a_slow_disk_sets_the_pace_however_many_trials_run() -> None:
     """A whole checkpoint takes 100 s: a tenth of an epoch goes into whole ones, and a third of 100 s into a model."""
-    found = estimate(spec(64, scheduler="none"), STEP, at_once=64, storage_bytes_s=0.12e6)
+    found = estimate(spec(64, scheduler="none"), STEP, at_once=64, storage_bytes_s=1.2e6)
     assert found.wall_s == pytest.approx((64 * 9 * (1.1 + 100 / 3),) * 2)
 
 

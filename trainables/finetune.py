@@ -197,7 +197,8 @@ class Run:
         """Writes the model and its tokenizer, a third of the bytes: rank 0."""
         if self.rank == 0:
             model: Any = self.learner.network
-            model.save_pretrained(folder / "model", max_shard_size="1000GB")
+            state = self.learner.state_on_host()
+            model.save_pretrained(folder / "model", state_dict=state, max_shard_size="1000GB")
             self.tokenizer.save_pretrained(folder / "model")
 
     def load(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,7 @@ class Learner:
         self.optimizer = optimizer.AdamW(self.network, _one_pass(kind.device))
         self.parallel = Parallel(self.network, self.optimizer)
         self._ready: OrderedDict[Hashable, Any] = OrderedDict()
+        self._on_host: dict[str, torch.Tensor] = {}
 
     def reset(self, seed: int) -> None:
         """Makes it what a new one with this seed would be, bit by bit."""
@@ -76,6 +77,19 @@ class Learner:
         weights = {} if self.parallel.is_wrapped else products.autocast_weights(self.network)
         return {name: self.optimizer.copy_of(weight) for name, weight in weights.items()}
 
+    def state_on_host(self) -> dict[str, torch.Tensor]:
+        """The network's state in host memory: as it is there, or copied to where it stays until this is called again.
+
+        To get new memory for each copy takes the system six times as long as to fill it (GPT-2, H200: 0.28 s, 0.04 s).
+        """
+        state: dict[str, torch.Tensor] = self.network.state_dict()
+        if self.kind.device.type == "cpu":
+            return state
+        self._on_host = self._on_host or like_on_host(state)
+        for name, tensor in state.items():
+            self._on_host[name].copy_(tensor)
+        return dict(self._on_host)
+
     def uncompiled(self) -> AbstractContextManager[Any]:
         """Goes round an evaluation: it runs as the exported model would."""
         return torch.compiler.set_stance("force_eager") if self.kind.compiles else nullcontext()
@@ -96,6 +110,18 @@ class Learner:
         is_shared = self.kind.device.type == "cpu"  # `to` makes no copy then
         self._fresh = {name: tensor.clone() if is_shared else tensor for name, tensor in network.state_dict().items()}
         return network
+
+
+def like_on_host(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors without values in host memory for those of `state`, NAME -> tensor: names that are tied share one."""
+    made: dict[Hashable, torch.Tensor] = {}
+    for tensor in state.values():
+        made.setdefault(_place(tensor), torch.empty_like(tensor, device="cpu"))
+    return {name: made[_place(tensor)] for name, tensor in state.items()}
+
+
+def _place(tensor: torch.Tensor) -> Hashable:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _one_pass(device: torch.device) -> type[OnePass] | None:

@@ -28,7 +28,6 @@ from trainables.errors import (
 from trainables.far import own_files
 from trainables.fault_points import fault_point
 from trainables.worker import (
-    CHEAP_S,
     FAST_BYTES_S,
     KEPT_FREE,
     LARGE_BYTES,
@@ -184,24 +183,20 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         result = self._result(next_report.epoch, next_report.metrics, written)
         return result | {"memory_share": next_report.memory_share}
 
-    @property
-    def _is_cheap(self) -> bool:
-        return self._whole_s is None or self._whole_s < CHEAP_S
-
     def _is_due(self, report: RankReport) -> bool:
         """Whether a checkpoint of this report is to be written, whole or of the model alone."""
         value, sign = dict(report.metrics).get(self._task.objective[0]), 1 if self._task.objective[1] == "max" else -1
         is_best = self._best is None or (value is not None and sign * value > sign * self._best)
         if is_best:
             self._best = value
-        if is_best or self._is_cheap or report.epoch in self._stale:
+        if is_best or self._whole_s is None or report.epoch in self._stale:
             return True
         return report.epoch < self._task.max_epochs and self._whole_is_due
 
     @property
     def _whole_is_due(self) -> bool:
         free_s = min(KEPT_FREE * (self._whole_s or 0.0), MOST_FREE_S)
-        return self._is_cheap or self._is_left or time.monotonic() - self._whole_at >= free_s
+        return self._is_left or time.monotonic() - self._whole_at >= free_s
 
     def _save(self, group: WorkerGroup, report: RankReport) -> Manifest:
         number, epoch, began = self._task.number, report.epoch, time.monotonic()
@@ -210,7 +205,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._store.check_room(number, 0 if model_alone else self._whole_bytes)
         try:
             group.save(self._store.stage(number, epoch), model_alone)
-            if not (self._is_cheap or self._is_left or is_last):
+            if not (self._whole_s is None or self._is_left or is_last):
                 group.go_on()
             manifest = self._store.commit(number, epoch, report.metrics, is_last or not model_alone)
         except Exception:

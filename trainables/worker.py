@@ -38,12 +38,11 @@ START_DEADLINE_S = 15 * 60.0
 """How long the ranks of a trial may take to get ready: process start and imports. The first report of a cold group,
 which may download a model and data, has as long again."""
 LARGE_BYTES = 50_000_000
-"""A smaller checkpoint that takes long once does so because the disk is busy, and is written all the same."""
-CHEAP_S = 0.5
-"""A checkpoint that takes less is written after every epoch, whole, and nothing else happens meanwhile.
+"""A checkpoint that has less is written after every epoch, whole, and nothing else happens meanwhile: where that takes
+long the disk is busy.
 
-Where it takes more, the ranks train the next epoch while it is hashed and synced; and a whole one is written only once
-in KEPT_FREE times as long as it takes, between those the model of each epoch that is the trial's best so far."""
+Where it has more, the ranks train the next epoch while it is hashed and synced; and a whole one is written only once in
+KEPT_FREE times as long as it takes, between those the model of each epoch that is the trial's best so far."""
 KEPT_FREE = 10.0
 """So at most a tenth of a trial's time goes into what only a crash would need, and a crash costs it no more than the
 running epoch and ten times what a checkpoint takes. (The optimum for a known rate of failures would be longer:

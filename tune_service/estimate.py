@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainables.worker import CHEAP_S, KEPT_FREE, START_DEADLINE_S
+from trainables.worker import KEPT_FREE, LARGE_BYTES, START_DEADLINE_S
 from tune_service.check import Check
 from tune_service.kept import BYTES_PER_PARAMETER
 from tune_service.scheduler import Asha
@@ -44,9 +44,10 @@ def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_b
     """`at_once`: trials that run side by side; `storage_bytes_s`: what the storage takes, all trials together."""
     trials, resources = most_trials(spec), spec.resources
     train_s = step["train_rows"] * step["train_row_s"] + step["eval_rows"] * step["eval_row_s"]
-    whole_s = BYTES_PER_PARAMETER * step["parameters"] / storage_bytes_s
-    # Where it takes long it is seldom written: in between, the model of a best epoch is a third of it.
-    save_s = whole_s if whole_s < CHEAP_S else min(whole_s, train_s / KEPT_FREE + whole_s / 3)
+    whole_bytes = BYTES_PER_PARAMETER * step["parameters"]
+    whole_s = whole_bytes / storage_bytes_s
+    # A large one is seldom written: in between, the model of a best epoch is a third of it.
+    save_s = whole_s if whole_bytes < LARGE_BYTES else min(whole_s, train_s / KEPT_FREE + whole_s / 3)
     share = min(resources.ranks_on_a_gpu, max(1, at_once))
     epoch_s = train_s + save_s, (train_s + save_s) * share
     most = float(trials * spec.max_epochs)
