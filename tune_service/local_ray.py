@@ -27,6 +27,7 @@ END_S = 5.0
 LOOK_S = 1.0
 STOPPED_S = 20.0
 """Ray's servers may stand still for so long (SIGSTOP) before the study is ended for it."""
+SERVERS = ("gcs_server", "raylet")
 TUNE_ENVIRONMENT = {
     # The record has every result; Tune's own loggers and state files would cost time and disk.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -114,6 +115,10 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
     finally:
         with undisturbed():
             processes = set(psutil.Process().children(recursive=True)) - others
+            for process in processes & set(psutil.Process().children()):
+                with contextlib.suppress(psutil.Error):
+                    if process.name() not in SERVERS:  # `ray.shutdown` waits a second for its autoscaler
+                        process.kill()
             ray.shutdown()
             _, alive = psutil.wait_procs(processes, timeout=5)
             for process in alive:
@@ -153,7 +158,7 @@ def _remove(scratch: Path) -> None:
 @contextmanager
 def _watched(on_lost: Callable[[str], None]) -> Iterator[None]:
     """Looks every second whether Ray's two servers live."""
-    servers = [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]
+    servers = [each for each in psutil.Process().children() if each.name() in SERVERS]
     end = threading.Event()
 
     def look() -> None:
