@@ -51,8 +51,11 @@ def test_time_is_epochs_over_trials_at_once_and_never_less_than_one_trial_takes(
 
 def test_a_slow_disk_sets_the_pace_however_many_trials_run() -> None:
     """A whole checkpoint takes 100 s: a tenth of an epoch goes into whole ones, and a third of 100 s into a model."""
-    found = estimate(spec(64, scheduler="none"), STEP, at_once=64, storage_bytes_s=1.2e6)
+    large = STEP | {"parameters": 1e7}
+    found = estimate(spec(64, scheduler="none"), large, at_once=64, storage_bytes_s=1.2e6)
     assert found.wall_s == pytest.approx((64 * 9 * (1.1 + 100 / 3),) * 2)
+    small = estimate(spec(64, scheduler="none"), STEP, at_once=64, storage_bytes_s=0.12e6)
+    assert small.wall_s == (64 * 9 * 100,) * 2, "one of less than 50 MB is always whole"
 
 
 def test_trials_that_share_a_gpu_may_be_as_slow_as_one_after_the_other() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,26 @@ def test_a_trial_with_bf16_copies_goes_on_as_if_it_had_not_been_cut(
         learner._kept.clear()
     resumed = finetune(Context({}, seed=42, max_epochs=3, settings=spec, resume_from=tmp_path))
     assert [report.metrics["train_loss"] for report in resumed] == losses[1:]
+
+
+def test_a_model_on_a_gpu_is_saved_from_host_memory_that_stays_and_tied_weights_stay_tied(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner._kept.clear()
+    next(reports(settings()))
+    found = learner._kept[0]
+    monkeypatch.setattr(found, "kind", replace(found.kind, device=torch.device("cuda")))
+    embeddings = found.network.transformer.wte
+    monkeypatch.setattr(found.network, "twin", embeddings, raising=False)
+    first = found.state_on_host()
+    assert first.keys() == found.network.state_dict().keys()
+    assert first["twin.weight"] is first["transformer.wte.weight"]
+    with torch.no_grad():
+        embeddings.weight[0] = 7.0
+    assert not (first["twin.weight"][0] == 7.0).any(), "a copy"
+    second = found.state_on_host()
+    assert all(second[name] is tensor for name, tensor in first.items()), "the same memory"
+    assert all(torch.equal(second[name], tensor) for name, tensor in found.network.state_dict().items())
 
 
 def test_micro_batches_add_up_gradients_in_fp32(settings: Callable[..., Settings]) -> None:

@@ -11,7 +11,7 @@ tune-documented is `Trainer.hyperparameter_search(backend="ray")` as documented,
 with its best settings, optuna `hyperparameter_search(backend="optuna")` in one process on all cores. All get the same
 token ids, first weights, batch, learning rates and schedule. The peers write a checkpoint (model, optimizer, random
 state) each epoch. Ours writes the model of each epoch that is a trial's best so far, and a whole checkpoint once in ten
-times as long as it takes, or each epoch where that is cheap; it alone is hashed, and synced to the disk.
+times as long as it takes; it alone is hashed, and synced to the disk.
 
 Makespan: the whole command, from its start to its exit. Steady epoch: the median of a contender's epochs (training and
 evaluation) but for each trial's first. Ideal: all epochs at that pace, as many at a time as the contender runs. Wants
