@@ -132,6 +132,28 @@ def test_what_is_wrong_by_itself_is_not_reported_a_second_time(finetune: dict[st
     assert found == {"data.path": '"nowhere"', "model.name": '"./nowhere"'}
 
 
+@pytest.mark.parametrize(
+    ("name", "domain", "shown"),
+    [
+        ("lr", {"log_uniform": [1e-5, 1e-3]}, '"lr"'),
+        ("model.config", {"choice": [1]}, '"model.config"'),
+        (3, {"choice": [1, 2]}, "3"),
+        ("learning_rate", {"choice": ["fast", "slow"]}, '["fast", "slow"]'),
+        ("batch_size", {"choice": ["a", "b"]}, '["a", "b"]'),
+        ("batch_size", {"uniform": [8.0, 32.0]}, "[8.0, 32.0]"),
+    ],
+)
+def test_what_no_trial_could_take_from_a_search_space_is_refused_with_the_faults_of_data_and_model(
+    finetune: dict[str, Any], tmp_path: Path, name: object, domain: object, shown: str
+) -> None:
+    finetune["data"] |= {"label": "lable"}
+    finetune["model"]["config"] |= {"n_positions": 64}
+    finetune["search_space"] = {name: domain, "max_length": {"choice": [64, 65]}}
+    found = load_problems(finetune, tmp_path)
+    assert found.pop("data.label") and found.pop("training.max_length") == "65"
+    assert found == {f"search_space.{name}": shown}
+
+
 def test_faults_of_the_data_all_come_with_their_advice(finetune: dict[str, Any], tmp_path: Path) -> None:
     finetune["data"] |= {"text": ["sentence1", "sentence3"], "label": "lable"}
     check = checks(finetune, tmp_path)["data"]

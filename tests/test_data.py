@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -170,6 +172,15 @@ def test_an_unreadable_file_is_named(tmp_path: Path, suffix: str) -> None:
     (problem,) = problems_of(own(tmp_path))
     assert problem.place == "data.path"
     assert f"train.{suffix}" in problem.rule
+
+
+def test_a_folder_that_may_not_be_read_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refused)  # a test that runs as root may read everything
+    (problem,) = problems_of(own(tmp_path))
+    assert problem.place == "data.path" and problem.found == f"[Errno 13] Permission denied: '{tmp_path}'"
 
 
 def test_a_broken_json_line_is_numbered(tmp_path: Path) -> None:

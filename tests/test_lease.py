@@ -5,6 +5,7 @@ The other driver is a process of its own, which writes to the record when it is 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -84,6 +85,16 @@ def make_silent(folder: StudyFolder, process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGSTOP)
     then = time.time() - lease.SILENT_S - 1
     os.utime(folder.driver_lock, (then, then))
+
+
+def test_a_study_of_another_user_is_told_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, *mode: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    folder = Storage(tmp_path).create("toy")
+    monkeypatch.setattr(lease.os, "open", refused)  # a test that runs as root may write everything
+    with pytest.raises(StorageError, match=r"driver.lock: is a file that this user may write; found Permission denied"):
+        folder.driving().__enter__()
 
 
 def test_a_living_driver_keeps_others_out_however_long_it_lives(

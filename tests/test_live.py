@@ -197,6 +197,30 @@ def test_a_log_file_gets_one_line_an_event(tmp_path: Path, clock: list[float]) -
     assert said[5:] == ["trial 3: its supervisor was lost (node gone); starting again"]
 
 
+def test_a_line_has_the_value_of_its_epoch_and_the_best_one_where_that_is_another(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    study = HandDriven(tmp_path, budget={"trials": 1}, training={"max_epochs": 3})
+    out = io.StringIO()
+    with StudyDisplay(console(out)) as display:
+        number = study.begin()
+        for epoch, score in enumerate([0.5, 0.4, math.nan], start=1):
+            clock[0] += 10.0
+            study.report(number, epoch, score)
+            display.show(study.record)
+    said = [line[9:] for line in out.getvalue().splitlines()]
+    assert said[:2] == [
+        "trial 0 running after epoch 1, score 0.5000",
+        "trial 0 running after epoch 2, score 0.4000, best 0.5000 (epoch 1)",
+    ]
+    assert said[2].startswith(
+        "trial 0 pruned after epoch 3, best 0.5000 (epoch 1): diverged: score is nan at epoch 3 | 1 of 1"
+    )
+    last = best_line(study.record.status())
+    assert last.startswith("best trial 0, epoch 1: score 0.5000 with x=")
+    assert last.endswith("; later it diverged: score is nan at epoch 3")
+
+
 def test_a_resumed_study_tells_nothing_twice_and_takes_the_time_of_its_own_trials(
     tmp_path: Path, clock: list[float]
 ) -> None:

@@ -634,6 +634,15 @@ def test_a_spec_for_one_trial_loads_and_its_first_and_only_trial_has_those_param
         assert again.trial_settings() == spec.trial_settings().with_params(params)
 
 
+def test_a_spec_for_one_trial_of_an_own_trainable_keeps_the_epochs_and_the_seed_of_its_study(tmp_path: Path) -> None:
+    """Also where its parameters have these names: the trial ran as many epochs as the study says, with its seed."""
+    space = {"max_epochs": {"choice": [1, 2]}, "seed": {"choice": [3, 4]}}
+    spec = parse_spec(OWN | {"search_space": space, "training": {"max_epochs": 5, "seed": 7}})
+    again = load_spec(write(tmp_path, dump_yaml(spec_for_trial(spec, {"max_epochs": 2, "seed": 3}))))
+    assert (again.max_epochs, again.seed) == (5, 7)
+    assert {name: domain.grid() for name, domain in again.domains.items()} == {"max_epochs": (2,), "seed": (3,)}
+
+
 def test_every_training_field_can_be_tuned_but_three() -> None:
     assert set(TrainingConfig.model_fields) - set(TUNABLE_FIELDS) == {"max_epochs", "seed", "precision", "compile"}
     space = {"weight_decay": Uniform(0, 1)}

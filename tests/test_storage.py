@@ -104,7 +104,7 @@ def test_looking_whether_a_storage_can_be_written_writes_nothing(storage: Storag
 def test_a_storage_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     storage = Storage(tmp_path / "file" / "studies")
-    with pytest.raises(StorageError, match="cannot"):
+    with pytest.raises(StorageError, match=f"is a folder that can be written; found {tmp_path / 'file'} is a file"):
         storage.check_writable()
     with pytest.raises(StorageError):
         storage.create("toy")

@@ -38,6 +38,10 @@ def folder_tables(
             tables[name] = pa.concat_tables(parts, promote_options="permissive")
         except DataError as error:
             problems.extend(error.problems)
+        except PermissionError as error:
+            rule = "the data is a folder that can be read"
+            problems.append(Problem("data.path", rule, str(error), "a folder that this user may read"))
+            break  # the same again for each split
         except pa.ArrowException as error:
             rule = f"the parts of {name} have the same columns"
             problems.append(Problem("data.path", rule, str(error), "equal column types"))

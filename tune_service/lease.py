@@ -186,6 +186,10 @@ def _open(path: Path) -> int:
     """Opens a lock file. Not one that is a symbolic link: in a stranger's study it may lead to any file."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except PermissionError as error:
+        expected = "the user whose study it is, or the right to write there"
+        found = error.strerror or str(error)
+        raise StorageError(Problem(str(path), "is a file that this user may write", found, expected)) from error
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

@@ -272,14 +272,21 @@ def best_line(status: StudyStatus) -> str:
         return "no best trial: none has ended with a finite value and a whole checkpoint"
     best = status.best
     params = ", ".join(f"{name}={_short(value)}" for name, value in best.params.items())
+    reason = status.trials[best.number].reason or ""
+    later = f"; later it {reason}" if reason.startswith("diverged") else ""
     return (
-        f"best trial {best.number}, epoch {best.epoch}: {status.objective.metric} {_number(best.value)} with {params}"
+        f"best trial {best.number}, epoch {best.epoch}: {status.objective.metric} {_number(best.value)} "
+        f"with {params}{later}"
     )
 
 
 def _event(trial: TrialStatus, objective: ObjectiveStatus, summary: str) -> str:
     top = best_report(trial, objective)
-    value = f", {objective.metric} {_number(objective_value(top, objective))}" if top else ""
+    best = objective_value(top, objective) if top else None
+    last = objective_value(trial.reports[-1], objective) if trial.reports else None
+    value = f", {objective.metric} {_number(last)}" if last is not None else ""
+    if top is not None and best != last:
+        value += f", best {_number(best)} (epoch {top.epoch})"
     reason = f": {trial.reason.partition(chr(10))[0]}" if trial.reason else ""
     epochs = f" after epoch {trial.reports[-1].epoch}" if trial.reports else ""
     return f"trial {trial.number} {trial.state}{epochs}{value}{reason}{' | ' if summary else ''}{summary}"

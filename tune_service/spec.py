@@ -98,7 +98,9 @@ def spec_for_trial(spec: StudySpec, params: Mapping[str, Value], name: str | Non
     """
     overrides = {key.removeprefix(MODEL_PREFIX): v for key, v in params.items() if key.startswith(MODEL_PREFIX)}
     fields = {key: value for key, value in params.items() if not (spec.is_finetune and key.startswith(MODEL_PREFIX))}
-    values = spec.training_values | fields
+    # A trainable of the user's own may tune what it calls max_epochs or seed; the study's are what they were.
+    own = spec.training_values
+    values = own | fields | {key: own[key] for key in ("max_epochs", "seed")}
     model = spec.model
     if model is not None and spec.is_finetune:
         model = model.model_copy(update={"config": {**model.config, **overrides}})
@@ -146,12 +148,20 @@ def _build(
     spec = read_sections(draft, folder, here)
     for check in CHECKS:
         check(spec, draft)
-    for problem in also(spec) if also else ():
+    for problem in also(_sound_part(spec, draft)) if also else ():
         if not any(_related(problem.place, broken) for broken in draft.broken):
             draft.problems.append(dataclasses.replace(problem, place=draft.place(problem.place)))
     if draft.problems:
         raise SpecError(draft.problems)
     return spec
+
+
+def _sound_part(spec: StudySpec, draft: Draft) -> StudySpec:
+    """The spec without the domains that no trial could take its values from."""
+    if isinstance(spec.search_space, str):
+        return spec
+    domains = {name: domain for name, domain in spec.domains.items() if draft.sound(f"search_space.{name}")}
+    return dataclasses.replace(spec, search_space=SearchSpace(domains))
 
 
 def _related(key: str, other: str) -> bool:

@@ -187,10 +187,15 @@ class Storage:
     def check_writable(self) -> None:
         """StorageError unless a folder can be made here; makes none."""
         place = self._place()
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK) or _read_only(place):
-            raise StorageError(
-                Problem("--storage", "is a folder that can be written", f"{place} cannot", "another --storage DIR")
-            )
+        found = None
+        if not place.is_dir():
+            found = f"{place} is a file"
+        elif _read_only(place):
+            found = f"{place} is on a disk that is read-only"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            found = f"this user may not write in {place}"
+        if found is not None:
+            raise StorageError(Problem("--storage", "is a folder that can be written", found, "another --storage DIR"))
 
     @property
     def disk(self) -> Path:

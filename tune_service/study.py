@@ -229,8 +229,11 @@ def _sampler(spec: StudySpec) -> StudySampler:
 
 
 def _budget(trials: str, record: Record) -> int:
-    """The new budget: `+20` on top of the old one, or `80` in all."""
+    """The new budget: `+20` on top of the old one, or `80` in all; never less than the trials that there are."""
     number = trials.removeprefix("+")
     if not number.isdecimal() or int(number) == 0:
         raise UserError(Problem("--trials", "adds to the budget (+20) or sets it (80)", repr(trials), "+20"))
-    return int(number) + (record.budget_trials if trials.startswith("+") else 0)
+    known = len(record.trials())
+    if trials.startswith("+"):
+        return max(record.budget_trials, known) + int(number)
+    return max(int(number), known)

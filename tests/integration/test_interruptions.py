@@ -217,6 +217,8 @@ def test_a_completed_study_can_be_extended(program: Program) -> None:
     most = program.json("resume", "longer", "--trials", "6")
     assert (most["state"], len(most["trials"])) == ("completed", 6)
     assert program.json("resume", "longer") == most, "there is nothing left to do"
+    assert program.json("resume", "longer", "--trials", "2") == most, "they have all ended"
+    assert len(program.json("resume", "longer", "--trials", "+1")["trials"]) == 7
 
 
 @pytest.mark.slow
