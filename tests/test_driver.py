@@ -278,7 +278,10 @@ def test_a_trial_that_comes_to_its_end_early_is_completed(tmp_path: Path) -> Non
 def test_a_trial_that_reports_nothing_has_failed(tmp_path: Path) -> None:
     study = HandDriven(tmp_path)
     number = study.run()
-    assert (study.trial(number).state, study.trial(number).reason) == ("failed", "no finite score was reported")
+    assert (study.trial(number).state, study.trial(number).reason) == (
+        "failed",
+        "no finite score was reported: its trainable ended without any report",
+    )
 
 
 def test_a_report_without_the_objective_ends_its_trial_at_once_and_says_what_it_has(tmp_path: Path) -> None:
@@ -1027,6 +1030,51 @@ def test_trials_that_are_too_many_for_the_budget_wait_until_fewer_run(tmp_path: 
     assert study.driver.has_room and study.begin() == 3
     assert not study.driver.result(result), "alone, it has all the room that there is"
     assert study.trial(3).state == "failed"
+
+
+def test_a_trial_that_begins_again_at_epoch_1_says_so_whoever_was_lost(tmp_path: Path) -> None:
+    again = "trial 0 begins again at epoch 1: it has no checkpoint to go on from"
+    study = HandDriven(tmp_path)
+    study.report(study.begin(), 1, 0.5)
+    study.driver.supervisor_lost(0, "node gone")
+    study.begin()
+    assert study.told[-1] == again
+    study.report(0, 1, 0.5, num_bytes=10)
+    study.resume()
+    told = len(study.told)
+    study.begin()
+    assert again not in study.told[told:], "it goes on after epoch 1"
+
+
+def test_checkpoints_that_never_fit_fail_their_trials_one_after_the_other(tmp_path: Path) -> None:
+    """However many run side by side: one that waits for room is not handed out again beside as many."""
+    study = HandDriven(tmp_path, checkpoints=budget_of(500), budget={"trials": 6}, faults={"same_error_limit": 5})
+    failure = {"next_within_s": 60.0, "failure": "checkpoints.budget_gib is too small", "fault": "budget"}
+    running = [study.begin() for _ in range(3)]
+    most = []
+    while running and len(most) < 50:
+        most.append(len(running))
+        number = running.pop()
+        assert not study.driver.result(failure | {"number": number})
+        while study.driver.has_room and (asked := study.driver.ask()) is not None:
+            study.driver.started(asked.number)
+            running.append(asked.number)
+    assert [study.trial(number).state for number in range(5)] == ["failed"] * 5
+    assert len(most) <= 12 and max(study.trial(number).restarts for number in range(5)) <= 3, most
+
+
+def test_a_trial_that_did_not_fit_beside_others_leaves_their_number_as_it_was_once_it_fits(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(5000), budget={"trials": 6})
+    failure = {"next_within_s": 60.0, "failure": "checkpoints.budget_gib is too small", "fault": "budget"}
+    first, second, third = study.begin(), study.begin(), study.begin()
+    study.driver.result(failure | {"number": third})
+    assert not study.driver.has_room, "two run"
+    study.report(first, 1, 0.5), study.report(second, 1, 0.5)
+    study.finish(first)
+    assert study.driver.has_room and study.begin() == third
+    assert not study.driver.has_room
+    study.report(third, 1, 0.6, num_bytes=100)
+    assert study.driver.has_room
 
 
 def test_what_the_user_wrote_wrong_is_not_tried_again(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from tune_service.best import export_best
 from tune_service.driver import Driver
 from tune_service.record import FORMAT, Record, direction_of
 from tune_service.searcher import StudySampler
-from tune_service.spec import load_spec
+from tune_service.spec import load_spec, parse_spec
 from tune_service.storage import Storage
-from tune_service.study import stored_spec
+from tune_service.study import _stored, stored_spec
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMATS = sorted(int(path.name.removeprefix("format-")) for path in GOLDEN.glob("format-*"))
@@ -69,6 +69,26 @@ def test_its_best_trial_is_exported(storage: Storage, tmp_path: Path) -> None:
     assert metrics["metrics"] == {"score": 0.9, "train_loss": 0.5}
     spec = load_spec(out / "config.yaml", here=False)
     assert spec.training_values == {"max_epochs": 3, "seed": 42, "note": "kept as it is", "x": 4}
+
+
+def test_a_study_that_goes_on_has_the_first_trial_that_it_would_have_had(tmp_path: Path) -> None:
+    """A recipe's defaults belong to its study, as its domains do."""
+    spec = parse_spec(
+        {
+            "name": "recipe",
+            "model": {"name": "gpt2"},
+            "data": {"task": "mrpc"},
+            "training": {"learning_rate": 0.5, "weight_decay": 0.5, "batch_size": 8, "warmup_fraction": 0.5},
+            "search_space": "gpt2",
+        }
+    )
+    folder = Storage(tmp_path).create("recipe")
+    sampler = StudySampler("random", 0, direction_of("max"))
+    with folder.driving() as lease:
+        Record.create(folder, _stored(spec), sampler, lease)
+    again = stored_spec(Record.open(folder))
+    assert again.first_params() == spec.first_params() != {}
+    assert again.domains == spec.domains
 
 
 def test_it_goes_on_with_the_trial_that_waits(storage: Storage) -> None:

@@ -235,9 +235,12 @@ def test_what_the_user_wrote_is_told_from_a_hub_that_is_away(begun: Callable[...
     deep = ValueError("not fetched")
     deep.__context__ = OSError("no connection")
     silent = type("ReadTimeout", (Exception,), {"__module__": "httpx2._exceptions"})("silent")
+    strict = type("StrictDataclassError", (Exception,), {"__module__": "huggingface_hub.errors"})
+    typed = type("StrictDataclassFieldValidationError", (strict,), {"__module__": "huggingface_hub.errors"})
     for cause, kind in (
         (None, InputError),
         (ValueError("n_head"), InputError),
+        (typed("n_layer is no number"), InputError),
         (OSError("no connection"), TrialError),
         (deep, TrialError),
         (silent, TrialError),

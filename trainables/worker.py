@@ -306,7 +306,9 @@ def storage_is_away(error: BaseException) -> bool:
 def _may_pass(error: BaseException | None) -> bool:
     """Whether a disk or a network, such as the hub's, has a part in an error: then the same may succeed later."""
     while error is not None:
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK:
+        is_of_network = type(error).__module__.partition(".")[0] in _NETWORK
+        is_of_config = any(base.__name__ == "StrictDataclassError" for base in type(error).__mro__)
+        if isinstance(error, OSError) or (is_of_network and not is_of_config):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -77,7 +77,10 @@ class Driver:
             return None
         asked = self._record.ask(self._distributions, self._plan)
         if asked is not None:
-            self._kept.hand_out(self._record.trial(asked.number))
+            status = self._record.trial(asked.number)
+            self._kept.hand_out(status)
+            if status.reports and self._kept.last_resumable(asked.number) is None:
+                self._tell(f"trial {asked.number} begins again at epoch 1: it has no checkpoint to go on from")
             self._begun.discard(asked.number)
             if self._sharing is not None:
                 smaller = {"micro_batch_size": asked.micro_batch_size} if asked.micro_batch_size is not None else {}
@@ -235,7 +238,9 @@ class Driver:
         if self._kept.has_value(number):
             self._record.complete(number)
         else:
-            self._give_up(number, f"no finite {self._objective.metric} was reported")
+            why = f"no finite {self._objective.metric} was reported"
+            is_silent = not self._record.trial(number).reports
+            self._give_up(number, f"{why}: its trainable ended without any report" if is_silent else why)
 
     def _failed(self, number: int, result: Mapping[str, Any]) -> bool:
         """A rank failed. Whether the supervisor is to begin the trial again."""
@@ -258,7 +263,7 @@ class Driver:
             self._kept.begins_again(self._record.trial(number))
             self._record.start(number)
             return True
-        if fault == "budget" and len(self._kept.out) > 1:  # too many side by side; with fewer it may fit
+        if fault == "budget" and self._kept.too_many(number):  # with fewer side by side it may fit
             self._tell(f"trial {number}: {first_line(reason)}; it waits until fewer run")
             self._record.pause(number, reason)
             self._leave(number)

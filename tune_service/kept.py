@@ -67,6 +67,8 @@ class KeptCheckpoints:
         self._trials: dict[int, _Trial] = {}
         self.out: set[int] = set()
         """Trials that were handed out and not left since: those that may be saving."""
+        self._most_out: dict[int, int] = {}
+        """A trial whose checkpoint did not fit beside those of others -> as many may run for it to be tried again."""
         store.sweep()
         kept = store.kept()
         for trial in trials:
@@ -110,12 +112,20 @@ class KeptCheckpoints:
             trial.end is None and bool(trial.sizes) for number, trial in self._trials.items() if number not in self.out
         )
         needed = 2 * (len(self.out) + 1) + waiting + 2
-        return not self.out or needed * self._next_bytes <= self._budget_bytes
+        most = min(self._most_out.values(), default=math.inf)
+        return not self.out or (len(self.out) < most and needed * self._next_bytes <= self._budget_bytes)
 
     @property
     def _next_bytes(self) -> int:
         """The most that a next checkpoint may take."""
         return max([self._largest_bytes, *(self._trials[number].expected for number in self.out)])
+
+    def too_many(self, number: int) -> bool:
+        """The trial's checkpoint did not fit. Whether it may with fewer trials beside it: then it waits for that."""
+        if len(self.out) < 2:
+            return False
+        self._most_out[number] = len(self.out) - 1
+        return True
 
     def has_value(self, number: int) -> bool:
         """Whether the trial has reported a finite objective."""
@@ -148,6 +158,7 @@ class KeptCheckpoints:
             trial.saw(value, epoch, self._objective)
         if num_bytes is not None:
             trial.sizes[epoch] = num_bytes
+            self._most_out.pop(number, None)
             self._largest_bytes = max(self._largest_bytes, num_bytes)
             (trial.resumable.add if resumable else trial.resumable.discard)(epoch)
             self._retain()
@@ -157,6 +168,8 @@ class KeptCheckpoints:
         trial = self._trials[number]
         self.out.discard(number)
         trial.end = end
+        if end is not None:
+            self._most_out.pop(number, None)
         if end == "failed":
             trial.best = None  # a failed trial is never the best one
         self._retain()

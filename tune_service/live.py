@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ from tune_service.status import (
 REFRESH_S = 0.5
 LAST_WORDS_S = 5.0
 NUM_BEST = 5
+NUM_REASONS = 3
 NUM_NEWEST = 200
 """More than a terminal has lines."""
 FILE_WIDTH = 240
@@ -278,6 +280,15 @@ def best_line(status: StudyStatus) -> str:
         f"best trial {best.number}, epoch {best.epoch}: {status.objective.metric} {_number(best.value)} "
         f"with {params}{later}"
     )
+
+
+def failure_lines(status: StudyStatus) -> list[str]:
+    """Why trials failed, of which the table shows only the beginning: the commonest reasons."""
+    failed = Counter((trial.reason or "").partition("\n")[0] for trial in status.trials if trial.state == "failed")
+    return [
+        f"{count} {'trial' if count == 1 else 'trials'} failed: {reason}"
+        for reason, count in failed.most_common(NUM_REASONS)
+    ]
 
 
 def _event(trial: TrialStatus, objective: ObjectiveStatus, summary: str) -> str:

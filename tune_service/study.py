@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from signal import SIG_IGN, SIGHUP, SIGTERM, Signals, getsignal, signal
 from types import FrameType
 from typing import Any
 
+from search_spaces import SearchSpace
 from trainables.errors import BucketError, Problem, StorageUnavailableError, UserError
 from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
@@ -125,15 +127,16 @@ def delete_study(name: str, storage: StudyStorage) -> int:
 def _stored(spec: StudySpec) -> dict[str, Any]:
     """The spec as the record keeps it, a recipe's domains in full: a later version's may differ, this study's not."""
     space = {name: domain.to_mapping() for name, domain in spec.domains.items()}
-    return spec.to_mapping() | {"search_space": space, "folder": str(spec.folder)}
+    beside = {"defaults": dict(spec.domains.defaults), "folder": str(spec.folder)}
+    return spec.to_mapping() | {"search_space": space} | beside
 
 
 def stored_spec(record: Record) -> StudySpec:
     """The spec that a study was made from."""
     stored = record.spec
-    return parse_spec(
-        {key: value for key, value in stored.items() if key != "folder"}, str(stored["folder"]), here=False
-    )
+    folder, defaults = str(stored.pop("folder")), stored.pop("defaults", {})
+    spec = parse_spec(stored, folder, here=False)
+    return replace(spec, search_space=SearchSpace(spec.domains.domains, defaults))
 
 
 def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, display: Display, place: Place) -> None:
