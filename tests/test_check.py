@@ -12,11 +12,13 @@ import pytest
 import yaml
 from test_driver import toy_spec
 
+from trainables.errors import UserError
 from tune_service.check import Check, baseline, problems_of, run_checks
 from tune_service.cli import _load
 from tune_service.demo import write_pairs, write_tokenizer
 from tune_service.errors import SpecError
 from tune_service.machine import Machine
+from tune_service.model_look import built, changed_models
 from tune_service.spec import parse_spec
 from tune_service.storage import Storage
 
@@ -140,7 +142,7 @@ def test_what_is_wrong_by_itself_is_not_reported_a_second_time(finetune: dict[st
         (3, {"choice": [1, 2]}, "3"),
         ("learning_rate", {"choice": ["fast", "slow"]}, '["fast", "slow"]'),
         ("batch_size", {"choice": ["a", "b"]}, '["a", "b"]'),
-        ("batch_size", {"uniform": [8.0, 32.0]}, "[8.0, 32.0]"),
+        ("batch_size", {"uniform": [8.0, 32.0]}, '{"uniform": [8.0, 32.0]}'),
     ],
 )
 def test_what_no_trial_could_take_from_a_search_space_is_refused_with_the_faults_of_data_and_model(
@@ -184,6 +186,42 @@ def test_of_auto_is_told_what_is_known_before_the_study_runs(finetune: dict[str,
     assert checks(finetune, tmp_path, Machine(cpus=32, gpus=2, memory_bytes=GIB))["resources"].found == (
         "32 CPUs, 2 GPUs: 16 trials at once at most; how many share a GPU is found while they run"
     )
+
+
+# ---- changes of a model's config
+
+
+def test_only_a_changed_config_is_looked_at_at_each_end_of_the_search_space(
+    finetune: dict[str, Any], tmp_path: Path
+) -> None:
+    finetune["model"] = {"name": "gpt2"}
+    assert changed_models(parse_spec(finetune, tmp_path)) == []
+    finetune["model"] = {"name": "gpt2", "config": {"n_layer": 2}}
+    assert [model.config for model in changed_models(parse_spec(finetune, tmp_path))] == [{"n_layer": 2}]
+    finetune["search_space"] |= {
+        "model.config.n_head": {"choice": [2, 3]},
+        "model.config.n_layer": {"int_uniform": [1, 9]},
+    }
+    found = [
+        tuple(model.config[key] for key in ("n_head", "n_layer"))
+        for model in changed_models(parse_spec(finetune, tmp_path))
+    ]
+    assert found == [(2, 2), (3, 2), (2, 1), (2, 2), (2, 9)]
+
+
+def test_a_config_that_makes_no_model_is_found_without_training(finetune: dict[str, Any], tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2}
+    finetune["model"]["config"] = config | {"n_embd": 16}
+    sound = parse_spec(finetune, tmp_path)
+    assert built(changed_models(sound)) == "built"
+    faults = [{"n_embd": 16, "n_layers": 3}, {"n_embd": "wide"}, {"n_embd": 15}]
+    assert sound.model is not None
+    sections = [sound.model.model_copy(update={"config": config | fault}) for fault in faults]
+    with pytest.raises(UserError) as refused:
+        built(sections)
+    unknown, word, uneven = refused.value.problems
+    assert (unknown.place, unknown.found) == ("model.config.n_layers", "n_layers") and "n_layer" in unknown.expected
+    assert "expected int, got str" in word.found and "divisible" in uneven.found
 
 
 # ---- a trainable of the user's own

@@ -197,7 +197,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
         FINETUNE,
         {"search_space": {"weight_decay": {"uniform": [-0.5, 1]}}},
         "search_space.weight_decay",
-        "[-0.5]",
+        '{"uniform": [-0.5, 1.0]}',
         "0.0 or more",
     ),
     (

@@ -304,9 +304,10 @@ def check(
 
 
 def _checks_here(path: Path, overrides: list[str], name: str | None, storage: StudyStorage) -> Iterator[Check]:
-    from tune_service.check import Check, run_checks
+    from tune_service.check import Check, looked_at, run_checks
     from tune_service.errors import SpecError
     from tune_service.machine import this_machine
+    from tune_service.model_look import built, changed_models
     from tune_service.spec import load_spec
 
     try:
@@ -314,7 +315,10 @@ def _checks_here(path: Path, overrides: list[str], name: str | None, storage: St
     except SpecError:
         loaded = _load(path, overrides, name, storage)  # raises, with the faults of its data and model too
     yield Check("spec", True, str(path))
-    yield from run_checks(loaded, storage, this_machine())
+    checks = run_checks(loaded, storage, this_machine())
+    yield from checks
+    if all(each.ok for each in checks) and (models := changed_models(loaded)):
+        yield looked_at("model.config", lambda: built(models))
 
 
 @app.command()

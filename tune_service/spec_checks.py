@@ -47,10 +47,11 @@ def _check_values(spec: StudySpec, draft: Draft) -> None:
     for name, domain in spec.domains.items():
         if name not in TUNABLE_FIELDS:
             continue
-        refused = [(value, errors[0]) for value in _ends(domain) if (errors := refusals(TrainingConfig, {name: value}))]
+        refused = [(value, errors[0]) for value in ends(domain) if (errors := refusals(TrainingConfig, {name: value}))]
         if refused:
             rule, _, expected = explain(TrainingConfig, name, refused[0][1])
-            draft.fault(f"search_space.{name}", rule, [value for value, _ in refused], expected)
+            found = [value for value, _ in refused] if isinstance(domain, Choice) else domain.to_mapping()
+            draft.fault(f"search_space.{name}", rule, found, expected)
 
 
 def _check_batch_size(spec: StudySpec, draft: Draft) -> None:
@@ -137,7 +138,7 @@ CHECKS: Sequence[Callable[[StudySpec, Draft], None]] = (
 )
 
 
-def _ends(domain: Domain) -> Sequence[Value]:
+def ends(domain: Domain) -> Sequence[Value]:
     """Values that stand for all of a domain: rules of divisibility or of range that hold for these hold for all."""
     if isinstance(domain, Choice):
         return domain.values
@@ -149,7 +150,7 @@ def _ends(domain: Domain) -> Sequence[Value]:
 def _possible(spec: StudySpec, name: str) -> tuple[str, list[int]]:
     """Where a whole-number field gets its value, and the values that it can have (null left out)."""
     if name in spec.domains:
-        values = [value for value in _ends(spec.domains[name]) if isinstance(value, int) and value > 0]
+        values = [value for value in ends(spec.domains[name]) if isinstance(value, int) and value > 0]
         return f"search_space.{name}", values
     value = spec.training_values[name]
     return f"training.{name}", [] if value is None else [value]
