@@ -240,15 +240,23 @@ def delete(
 ) -> None:
     """Delete a study: its record and its checkpoints."""
     with _studies(storage, address) as studies:
-        if not yes:
-            question = f"Delete {studies.where(study)} with all its checkpoints?"
-            if not (sys.stdin.isatty() and typer.confirm(question, err=True)):
-                raise CommandError(Problem("--yes", "a study is deleted after a question", "no answer of yes", "--yes"))
+        if not yes and not _agrees(f"Delete {studies.where(study)} with all its checkpoints?"):
+            raise CommandError(Problem("--yes", "a study is deleted after a question", "no answer of yes", "--yes"))
         num_bytes = studies.delete(study)
     if as_json:
         print_json({"study": study, "bytes": num_bytes})
     else:
         print(f"deleted {study}: {num_bytes / 1e6:.1f} MB")
+
+
+def _agrees(question: str) -> bool:
+    """A person's answer, or the one that a pipe holds; where there is none, no."""
+    if sys.stdin is None:
+        return False
+    if sys.stdin.isatty():
+        return typer.confirm(question, err=True)
+    print(f"{question} [y/N]: ", file=sys.stderr)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 @app.command()

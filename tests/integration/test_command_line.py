@@ -329,6 +329,14 @@ def test_delete_asks_and_needs_a_yes(study: Finished, program: Program, tmp_path
     refused = program.json("delete", "oven", "--storage", str(tmp_path), code=1)["error"]
     assert "--yes" in refused["expected"]
     assert (tmp_path / "oven").exists()
+    command = [sys.executable, "-m", "tune_service.cli", "delete", "oven", "--storage", str(tmp_path)]
+    for answer in ("n\n", ""):
+        done = subprocess.run(command, input=answer, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "") and "with all its checkpoints? [y/N]" in done.stderr
+    assert (tmp_path / "oven").is_dir()
+    assert subprocess.run(command, input="y\n", capture_output=True, text=True, check=True).stdout.startswith("deleted")
+    assert list(tmp_path.iterdir()) == []
+    shutil.copytree(program.storage / "oven", tmp_path / "oven")
     found = program.json("delete", "oven", "--yes", "--storage", str(tmp_path))
     assert found["study"] == "oven" and found["bytes"] > 1000
     assert list(tmp_path.iterdir()) == []
