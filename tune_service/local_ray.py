@@ -119,11 +119,12 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
                 with contextlib.suppress(psutil.Error):
                     if process.name() not in SERVERS:  # `ray.shutdown` waits a second for its autoscaler
                         process.kill()
+            patience_s = END_S if ray.is_initialized() else 0.0  # what was just starting nobody tells to end
             ray.shutdown()
-            _, alive = psutil.wait_procs(processes, timeout=5)
+            _, alive = psutil.wait_procs(processes, timeout=patience_s)
             for process in alive:
                 process.kill()
-            psutil.wait_procs(alive, timeout=5)
+            psutil.wait_procs(alive, timeout=END_S)
 
 
 def _end_processes_of(scratch: Path) -> None:
