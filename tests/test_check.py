@@ -14,7 +14,7 @@ from test_driver import toy_spec
 
 from trainables.errors import UserError
 from tune_service.check import Check, baseline, problems_of, run_checks
-from tune_service.cli import _load
+from tune_service.cli import _checks_here, _load
 from tune_service.demo import write_pairs, write_tokenizer
 from tune_service.errors import SpecError
 from tune_service.machine import Machine
@@ -222,6 +222,19 @@ def test_a_config_that_makes_no_model_is_found_without_training(finetune: dict[s
     unknown, word, uneven = refused.value.problems
     assert (unknown.place, unknown.found) == ("model.config.n_layers", "n_layers") and "n_layer" in unknown.expected
     assert "expected int, got str" in word.found and "divisible" in uneven.found
+
+
+def test_check_tells_of_a_wrong_config_beside_a_machine_that_is_too_small(
+    finetune: dict[str, Any], tmp_path: Path
+) -> None:
+    finetune["model"]["config"] |= {"n_layers": 3}
+    finetune["resources"] |= {"workers": 4096}
+    finetune["training"] = {"batch_size": 4096}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(finetune))
+    found = {check.name: check for check in _checks_here(path, [], None, Storage(tmp_path / "studies"))}
+    assert not found["resources"].ok and found["model"].ok
+    assert not found["model.config"].ok and "n_layers" in found["model.config"].found
 
 
 # ---- a trainable of the user's own

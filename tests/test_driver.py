@@ -1077,6 +1077,20 @@ def test_a_trial_that_did_not_fit_beside_others_leaves_their_number_as_it_was_on
     assert study.driver.has_room
 
 
+def test_a_trial_that_never_fitted_leaves_the_number_of_others_as_it_was(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(5000), budget={"trials": 6})
+    failure = {"next_within_s": 60.0, "failure": "checkpoints.budget_gib is too small", "fault": "budget"}
+    first, second = study.begin(), study.begin()
+    study.driver.result(failure | {"number": second})
+    study.report(first, 1, 0.5)
+    study.finish(first)
+    assert study.begin() == second and not study.driver.has_room, "it has all the room that there is"
+    study.driver.result(failure | {"number": second})
+    assert study.trial(second).state == "failed"
+    study.begin()
+    assert study.driver.has_room
+
+
 def test_what_the_user_wrote_wrong_is_not_tried_again(tmp_path: Path) -> None:
     study = HandDriven(tmp_path, faults={"restarts_per_trial": 2})
     number = study.begin()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trainables import Context, Report, learner, optimizer, parallel, products
 from trainables.finetune import Run, finetune
@@ -151,6 +152,21 @@ def test_a_model_on_a_gpu_is_saved_from_host_memory_that_stays_and_tied_weights_
     second = found.state_on_host()
     assert all(second[name] is tensor for name, tensor in first.items()), "the same memory"
     assert all(torch.equal(second[name], tensor) for name, tensor in found.network.state_dict().items())
+
+
+def test_what_is_saved_of_a_model_is_its_state_on_the_host(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    state_of = learner.Learner.state_on_host
+    halves = lambda found: {name: tensor / 2 for name, tensor in state_of(found).items()}  # noqa: E731
+    trial = reports(settings())
+    report = next(trial)
+    assert report.save_model is not None
+    report.save_model(tmp_path / "as-it-is")
+    monkeypatch.setattr(learner.Learner, "state_on_host", halves)
+    report.save_model(tmp_path / "halves")
+    whole, half = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("as-it-is", "halves"))
+    assert whole.keys() == half.keys() and all(torch.equal(half[name], whole[name] / 2) for name in whole)
 
 
 def test_micro_batches_add_up_gradients_in_fp32(settings: Callable[..., Settings]) -> None:

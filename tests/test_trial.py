@@ -64,6 +64,21 @@ def cleans_up(context: Context) -> Iterator[Report]:
             raise ValueError("the cleaning failed")
 
 
+def leads_elsewhere(context: Context) -> Iterator[Report]:
+    """Its checkpoint holds a link, a file of the given name, or neither."""
+
+    def save(folder: Path) -> None:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "manifest.json").write_text("{}")  # the folder's own alone is ours
+        if "link" in context.params:
+            (folder / "deep" / context.params["link"]).symlink_to("manifest.json")
+        if "file" in context.params:
+            (folder / context.params["file"]).write_text("{}")
+
+    for epoch in range(1, context.max_epochs + 1):
+        yield Report(epoch, {"score": 0.0}, save)
+
+
 def _ask_for_too_much() -> None:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**36, limits[1]))
@@ -381,6 +396,28 @@ def test_the_next_trial_of_one_epoch_has_time_for_its_checkpoint_too(task: Task)
     found._deadline.saved(100.0)
     found.reset_config({"task": asdict(replace(task, number=1, max_epochs=1))})
     assert found.step()["next_within_s"] == 60.0 + 500.0
+
+
+@pytest.mark.parametrize(
+    ("params", "found"),
+    [
+        ({"link": "last"}, "the link deep/last"),
+        ({"file": "manifest.json"}, "a file manifest.json, which is the name of what lists them"),
+        ({"file": "other.json"}, None),
+    ],
+)
+def test_a_checkpoint_that_nobody_could_vouch_for_fails_its_trial_at_the_first_save(
+    task: Task, params: dict[str, str], found: str | None
+) -> None:
+    supervised = supervisor(replace(task, trainable="test_trial:leads_elsewhere", params=params))
+    supervised.step(), supervised.step()
+    result = supervised.step()
+    if found is None:
+        assert result["saved"] == 1 and supervised._store.is_whole(0, 1, deep=True)
+    else:
+        assert result["fault"] == "input"
+        assert f"trainable: a checkpoint is files of its own; found {found}; expected" in result["failure"]
+        assert supervised._store.total_bytes() == 0
 
 
 def test_a_trial_that_goes_on_hands_in_its_last_checkpoints_report_first(task: Task) -> None:

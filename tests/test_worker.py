@@ -260,27 +260,6 @@ def test_a_failed_save_is_a_failure_of_the_rank(begun: Callable[..., RankWorker]
         worker.save(str(tmp_path))
 
 
-def test_a_checkpoint_whose_files_nobody_could_vouch_for_fails_its_trial_at_the_first_save(
-    begun: Callable[..., RankWorker], tmp_path: Path
-) -> None:
-    def linked(folder: Path) -> None:
-        (folder / "deep").mkdir()
-        (folder / "deep" / "last").symlink_to("epoch-1")
-
-    def named(folder: Path) -> None:
-        (folder / "deep").mkdir()
-        (folder / "deep" / "manifest.json").write_text("{}")  # only the folder's own is ours
-        (folder / "manifest.json").write_text("{}")
-
-    for save, found in ((linked, "the link deep/last"), (named, "a file manifest.json, which")):
-        worker = begun(lambda context, save=save: [Report(1, {}, save)])
-        worker.next_report()
-        folder = tmp_path / save.__name__
-        folder.mkdir()
-        with pytest.raises(InputError, match=f"rank 0 raised TrainableError: trainable: saves files.*found {found}"):
-            worker.save(str(folder))
-
-
 def test_ctrl_c_is_no_failure_of_a_trial(begun: Callable[..., RankWorker]) -> None:
     def train(context: Context) -> Iterator[Report]:
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainables.errors import CheckpointError
+from trainables.errors import CheckpointError, InputError, Problem
 from trainables.fault_points import fault_point
 from trainables.stores import Checkpoints
 
@@ -213,6 +213,18 @@ def verify(folder: Path, deep: bool = True) -> bool:
         )
     except (CheckpointError, OSError):
         return False
+
+
+def check_written(folder: Path) -> None:
+    """Looks at what a trainable saved, when all ranks have. InputError for what cannot be vouched for: of a link nobody
+    could say what it leads to, and one name is the manifest's."""
+    for path in folder.rglob("*"):
+        found = f"the link {path.relative_to(folder)}" if path.is_symlink() else None
+        if path == folder / MANIFEST:
+            found = f"a file {MANIFEST}, which is the name of what lists them"
+        if found is not None:
+            expected = "a copy in a link's place, another name"
+            raise InputError(str(Problem("trainable", "a checkpoint is files of its own", found, expected)))
 
 
 def _is_inner(name: str) -> bool:

@@ -121,7 +121,7 @@ def like_on_host(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _place(tensor: torch.Tensor) -> Hashable:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _one_pass(device: torch.device) -> type[OnePass] | None:

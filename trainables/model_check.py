@@ -1,6 +1,6 @@
 """Whether models can be built, found out in a process of its own, for it takes torch and Transformers.
 
-Reads a list of `model` sections as JSON on standard input; its last line is the list of what is wrong with them.
+Reads a list of `model` sections as JSON on standard input; answers, in one line, with the list of what is wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from trainables.config import ModelConfig
 from trainables.errors import ModelError
 from trainables.model import check_builds
+from trainables.model_files import ANSWER
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
             check_builds(ModelConfig(**section))
         except ModelError as error:
             found += [problem.to_json() for problem in error.problems]
-    print(json.dumps(found))
+    print(f"\n{ANSWER}{json.dumps(found)}")
 
 
 if __name__ == "__main__":

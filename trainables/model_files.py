@@ -12,6 +12,8 @@ from trainables.config import ModelConfig
 from trainables.errors import Problem
 
 HUB_TIMEOUT_S = 5.0
+ANSWER = "model_check: "
+"""What the line begins with that `trainables.model_check` answers in: libraries print beside it."""
 FOLLOWING = frozenset({"num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "vocab_size", "dtype"})
 """Config keys that follow from the data, the tokenizer and the training: an override would contradict them."""
 

@@ -17,7 +17,7 @@ class Report:
     metrics: Mapping[str, float]
     save: Callable[[Path], None] | None = None
     """Writes the checkpoint of this moment into a folder it is given. Called on every rank, before the next epoch is
-    asked for; ranks share the folder, so each names its own files."""
+    asked for; ranks share the folder, so each names its own files. No links, and no `manifest.json` beside them."""
     save_model: Callable[[Path], None] | None = None
     """Writes only what is handed out when this epoch is the best, a part of what `save` writes: no trial goes on from
     it. Called in the place of `save` where that takes long. Without it a checkpoint is always the whole one."""

@@ -14,7 +14,7 @@ from ray import tune
 
 from trainables.bucket_checkpoints import open_store
 from trainables.bucket_logs import TrialLogs
-from trainables.checkpoint import Manifest
+from trainables.checkpoint import Manifest, check_written
 from trainables.errors import (
     CheckpointBudgetError,
     InputError,
@@ -204,7 +204,9 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         model_alone = report.saves_model and (is_last or not self._whole_is_due)
         self._store.check_room(number, 0 if model_alone else self._whole_bytes)
         try:
-            group.save(self._store.stage(number, epoch), model_alone)
+            folder = self._store.stage(number, epoch)
+            group.save(folder, model_alone)
+            check_written(folder)
             if not (self._whole_s is None or self._is_left or is_last):
                 group.go_on()
             manifest = self._store.commit(number, epoch, report.metrics, is_last or not model_alone)

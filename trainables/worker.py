@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainables.checkpoint import MANIFEST
 from trainables.errors import (
     InputError,
     OutOfMemoryError,
@@ -183,7 +182,6 @@ class RankWorker:
         with _plain_errors(self._rank):
             if save is not None:
                 save(Path(folder))
-                _check_written(Path(folder))
 
     def end(self) -> None:
         """Closes the trial's generator, wherever it stands."""
@@ -242,18 +240,6 @@ def _checked(report: object, before: Report | None) -> Report | None:
         found, expected = f"num_bytes {report.num_bytes!r:.50}", "a number of bytes, or 0 where it is not known"
         raise TrainableError(Problem("trainable", "says how large a checkpoint is as a whole number", found, expected))
     return report
-
-
-def _check_written(folder: Path) -> None:
-    """Of a link a checkpoint could not say what it leads to, and one name in it is the manifest's."""
-    for path in folder.rglob("*"):
-        found = f"the link {path.relative_to(folder)}" if path.is_symlink() else None
-        if path == folder / MANIFEST:
-            found = f"a file {MANIFEST}, which is the name of what lists them"
-        if found is not None:
-            raise TrainableError(
-                Problem("trainable", "saves files of its own", found, "a file with another name, or a copy")
-            )
 
 
 def _log_to(path: Path) -> None:

@@ -325,7 +325,8 @@ def _checks_here(path: Path, overrides: list[str], name: str | None, storage: St
     yield Check("spec", True, str(path))
     checks = run_checks(loaded, storage, this_machine())
     yield from checks
-    if all(each.ok for each in checks) and (models := changed_models(loaded)):
+    is_sound = all(each.ok for each in checks if each.name == "model")
+    if is_sound and (models := changed_models(loaded)):
         yield looked_at("model.config", lambda: built(models))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from tune_service.spec import FaultSpec
+if TYPE_CHECKING:
+    from tune_service.spec import FaultSpec
 
 MAX_IN_VAIN = 10
 """So many supervisors may be lost before one takes a trial; then it is that none can be started."""
@@ -32,9 +34,14 @@ class Failures:
 
     def too_many_alike(self, reason: str) -> int | None:
         """Counts a trial that failed for good. How many have failed like it, when that ends the study."""
-        alike = re.sub(r"0x[0-9a-f]+|\d+", "#", first_line(reason))
-        self._alike[alike] += 1
-        return self._alike[alike] if self._alike[alike] >= self._spec.same_error_limit else None
+        kind = alike(reason)
+        self._alike[kind] += 1
+        return self._alike[kind] if self._alike[kind] >= self._spec.same_error_limit else None
+
+
+def alike(reason: str) -> str:
+    """The same for two reasons that differ by their numbers alone."""
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", first_line(reason))
 
 
 def first_line(reason: str) -> str:

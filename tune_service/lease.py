@@ -143,6 +143,8 @@ def is_held(path: Path) -> bool:
             return not _lock(file.fileno(), fcntl.LOCK_SH) and (_age_s(path) <= SILENT_S or _beats(path))
     except FileNotFoundError:
         return False
+    except PermissionError as error:
+        raise _others(path, "read", error) from error
 
 
 def _beats(path: Path) -> bool:
@@ -187,14 +189,17 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except PermissionError as error:
-        expected = "the user whose study it is, or the right to write there"
-        found = error.strerror or str(error)
-        raise StorageError(Problem(str(path), "is a file that this user may write", found, expected)) from error
+        raise _others(path, "write", error) from error
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         found = "a symbolic link"
         raise StorageError(Problem(str(path), "is a file of this study's folder", found, "a plain file")) from error
+
+
+def _others(path: Path, what: str, error: OSError) -> StorageError:
+    found, expected = error.strerror or str(error), f"the user whose study it is, or the right to {what} there"
+    return StorageError(Problem(str(path), f"is a file that this user may {what}", found, expected))
 
 
 def _take(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> FileLease:

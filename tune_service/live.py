@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_service.errors import exit_code
+from tune_service.failures import alike, first_line
 from tune_service.status import (
     BestTrial,
     Moment,
@@ -283,12 +284,11 @@ def best_line(status: StudyStatus) -> str:
 
 
 def failure_lines(status: StudyStatus) -> list[str]:
-    """Why trials failed, of which the table shows only the beginning: the commonest reasons."""
-    failed = Counter((trial.reason or "").partition("\n")[0] for trial in status.trials if trial.state == "failed")
-    return [
-        f"{count} {'trial' if count == 1 else 'trials'} failed: {reason}"
-        for reason, count in failed.most_common(NUM_REASONS)
-    ]
+    """Why trials failed, of which the table shows only the beginning: the commonest reasons, each by its first."""
+    failed = [first_line(trial.reason or "-") for trial in status.trials if trial.state == "failed"]
+    first = {alike(reason): reason for reason in reversed(failed)}
+    counted = Counter(map(alike, failed)).most_common(NUM_REASONS)
+    return [f"{count} {'trial' if count == 1 else 'trials'} failed: {first[kind]}" for kind, count in counted]
 
 
 def _event(trial: TrialStatus, objective: ObjectiveStatus, summary: str) -> str:

@@ -86,13 +86,15 @@ def print_status(found: StudyStatus, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
         return
+    from rich.text import Text
+
     from tune_service.live import best_line, failure_lines, study_table
 
     console = _console()
     console.print(study_table(found, MAX_ROWS if console.is_terminal else None))
     console.print(f"study {found.study}: {found.state}, {len(found.trials)} trials", highlight=False)
     for line in (*failure_lines(found), best_line(found)):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(Text(line), soft_wrap=True)
     if found.notice is not None:
         console.print(found.notice, style="yellow", highlight=False, soft_wrap=True)
 

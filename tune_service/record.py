@@ -52,9 +52,15 @@ class Record(RecordView):
     """Reads and writes the record of one study."""
 
     @staticmethod
-    def create(folder: StudyHome, spec: Mapping[str, Any], sampler: BaseSampler, lease: Lease | None = None) -> Record:
+    def create(
+        folder: StudyHome,
+        spec: Mapping[str, Any],
+        sampler: BaseSampler,
+        lease: Lease | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Record:
         """A new record, where `record` of the spec says. `spec` is kept as it is, and holds at least `objective`,
-        `search_space` and `budget`.
+        `search_space` and `budget`; `defaults` are the search space's.
 
         No reader meets a record that says half of this.
         """
@@ -63,6 +69,7 @@ class Record(RecordView):
             "created_at": _now(),
             "spec": dict(spec),
             "budget_trials": spec["budget"]["trials"],
+            "defaults": dict(defaults or {}),
         }
         folder.create_record(direction_of(spec["objective"]["mode"]), attrs, lease)
         return Record.open(folder, sampler, lease)

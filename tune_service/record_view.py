@@ -57,6 +57,11 @@ class RecordView:
         return dict(self._attrs["spec"])
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """Of the search space: where the first trial starts when the spec's own value lies outside."""
+        return dict(self._attrs.get("defaults", {}))
+
+    @property
     def budget_trials(self) -> int:
         return int(self._attrs["budget_trials"])
 

@@ -52,7 +52,7 @@ def run_study(spec: StudySpec, storage: StudyStorage, display: Display, place: P
             lease = driving.enter_context(folder.driving())
             driving.enter_context(lease.beating(_abort_of(spec.name, place, display)))
             spec = place.settled(spec, folder)
-            record = Record.create(folder, _stored(spec), _sampler(spec), lease)
+            record = Record.create(folder, _stored(spec), _sampler(spec), lease, spec.domains.defaults)
             record.set_baseline(majority)
         _drive(spec, folder, record, lease, display, place)
     return Record.open(folder).status(deep=True)
@@ -127,16 +127,18 @@ def delete_study(name: str, storage: StudyStorage) -> int:
 def _stored(spec: StudySpec) -> dict[str, Any]:
     """The spec as the record keeps it, a recipe's domains in full: a later version's may differ, this study's not."""
     space = {name: domain.to_mapping() for name, domain in spec.domains.items()}
-    beside = {"defaults": dict(spec.domains.defaults), "folder": str(spec.folder)}
-    return spec.to_mapping() | {"search_space": space} | beside
+    return spec.to_mapping() | {"search_space": space, "folder": str(spec.folder)}
 
 
 def stored_spec(record: Record) -> StudySpec:
     """The spec that a study was made from."""
     stored = record.spec
-    folder, defaults = str(stored.pop("folder")), stored.pop("defaults", {})
+    folder = str(stored.pop("folder"))
     spec = parse_spec(stored, folder, here=False)
-    return replace(spec, search_space=SearchSpace(spec.domains.domains, defaults))
+    domains = dict(spec.domains)
+    found = record.defaults.items()
+    defaults = {name: value for name, value in found if name in domains and domains[name].contains(value)}
+    return replace(spec, search_space=SearchSpace(domains, defaults))
 
 
 def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, display: Display, place: Place) -> None:
