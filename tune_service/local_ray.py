@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
@@ -121,16 +121,18 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
                         process.kill()
             patience_s = END_S if ray.is_initialized() else 0.0  # what was just starting nobody tells to end
             ray.shutdown()
-            _, alive = psutil.wait_procs(processes, timeout=patience_s)
-            for process in alive:
-                process.kill()
-            psutil.wait_procs(alive, timeout=END_S)
+            psutil.wait_procs(processes, timeout=patience_s)
+            _end_all(lambda: set(psutil.Process().children(recursive=True)) - others)
 
 
 def _end_processes_of(scratch: Path) -> None:
     """Ends what is left of a killed driver's Ray: of one that was just starting nobody else does."""
+    _end_all(lambda: [each for each in psutil.process_iter() if _is_of(each, scratch)])
+
+
+def _end_all(find: Callable[[], Collection[psutil.Process]]) -> None:
     end = time.monotonic() + END_S
-    while (processes := [each for each in psutil.process_iter() if _is_of(each, scratch)]) and time.monotonic() < end:
+    while (processes := find()) and time.monotonic() < end:
         for process in processes:  # one of them may just have started another
             with contextlib.suppress(psutil.Error):
                 process.kill()
