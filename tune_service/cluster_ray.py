@@ -15,7 +15,7 @@ from tune_service.autoscaler import cluster_file, kinds_in, troubles
 from tune_service.cluster_room import ClusterRoom, demand, kinds_of
 from tune_service.fair_share import Claim, Claims, allowed
 from tune_service.home import StudyHome
-from tune_service.local_ray import TUNE_ENVIRONMENT, own_answer_to_sigterm, undisturbed
+from tune_service.local_ray import TUNE_ENVIRONMENT, interrupts_put_off, undisturbed
 from tune_service.place import Usage
 from tune_service.spec import StudySpec, moved
 
@@ -41,7 +41,7 @@ def joined(name: str, came_with: Path | None, working_dir: Path | None = None) -
     os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what the study came with is wanted whole
     import ray
 
-    with own_answer_to_sigterm():
+    with interrupts_put_off():
         context = ray.init(
             address=os.environ["RAY_ADDRESS"],
             namespace=name,

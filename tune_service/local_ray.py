@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, Signals, getsignal, raise_signal, signal
+from types import FrameType
 
 import psutil
 
@@ -99,7 +100,7 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
 
     others = set(psutil.Process().children(recursive=True))
     try:
-        with own_answer_to_sigterm():
+        with interrupts_put_off():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -210,15 +211,36 @@ def _scratch_root() -> str:
 
 
 @contextmanager
-def own_answer_to_sigterm() -> Iterator[None]:
-    """Goes round `ray.init`, which puts a handler in the place of ours: one that ends this process there and then."""
-    before = getsignal(SIGTERM)
+def interrupts_put_off() -> Iterator[None]:
+    """Goes round `ray.init`: Ctrl-C and its kin wait until it is done, some seconds, but for a second one.
+
+    An exception where it connects ends the process by SIGSEGV or SIGABRT at times. So does its own answer to SIGTERM,
+    which it would put in the place of ours.
+    """
+    from ray._private import utils
+
+    told: list[int] = []
+    before = {number: getsignal(number) for number in (SIGINT, SIGTERM, SIGHUP)}
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        handler = before[Signals(number)]
+        if len(told) > 1 and callable(handler):
+            handler(number, frame)
+
+    rays_own = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    for number, handler in before.items():
+        if handler != SIG_IGN:
+            signal(number, put_off)
     try:
         yield
-    except SystemExit as end:
-        raise KeyboardInterrupt(SIGTERM.name) from end
     finally:
-        signal(SIGTERM, before)
+        utils.set_sigterm_handler = rays_own
+        for number, handler in before.items():
+            signal(number, handler)
+        if told:
+            raise_signal(told[0])
 
 
 @contextmanager
