@@ -262,6 +262,7 @@ def test_a_trainable_beside_the_spec_is_imported_and_not_run(tmp_path: Path) -> 
         ("other", "def fit(context): ...\n", "module other has no function 'train'"),
         ("ending", "import sys\nsys.exit(3)\n", "exit code 3"),
         ("killed", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", "exit code -9"),
+        ("latin", "import sys\nsys.stderr.buffer.write(b'\\xe9t\\xe9\\n')\nsys.exit(3)\n", "\ufffdt\ufffd"),
     ],
 )
 def test_a_trainable_that_cannot_be_imported_is_found_with_the_reason(

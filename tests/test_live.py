@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 from test_driver import ASHA, HandDriven
 
 from tune_service.live import StudyDisplay, best_line, console, failure_lines, study_table
+from tune_service.output import print_status
 from tune_service.record import Record
 from tune_service.status import TrialStatus
 
@@ -158,14 +159,19 @@ def test_the_last_line_names_the_best_trial_with_its_params(tmp_path: Path) -> N
     assert best_line(study.record.status()) == "best trial 0, epoch 2: score 0.7500 with x=0.25, depth=2"
 
 
-def test_why_trials_failed_is_told_in_full_and_once_for_those_that_failed_alike(tmp_path: Path) -> None:
+def test_why_trials_failed_is_told_in_full_and_once_for_those_that_failed_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = HandDriven(tmp_path, faults={"restarts_per_trial": 0, "same_error_limit": 9}, budget={"trials": 9})
     assert failure_lines(study.record.status()) == []
     reason = "rank 0 raised RuntimeError: a long reason that no table has room for, [bold] at 0x7f and :key: "
     for number in range(2):
         study.crash(f"{reason}{number}\nits log")
     study.crash("rank 1 died")
-    assert failure_lines(study.record.status()) == [f"2 trials failed: {reason}0", "1 trial failed: rank 1 died"]
+    status = study.record.status()
+    assert failure_lines(status) == [f"2 trials failed: {reason}0", "1 trial failed: rank 1 died"]
+    print_status(status, as_json=False)
+    assert capsys.readouterr().out.splitlines()[-3:] == [*failure_lines(status), best_line(status)]
 
 
 # ---- log files

@@ -95,9 +95,7 @@ def test_a_removal_that_was_cut_off_is_gone_on_with(root: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda way: way.name)
-def test_an_interrupt_waits_until_ray_has_started_but_a_second_one_does_not(
-    monkeypatch: pytest.MonkeyPatch, way: signal.Signals
-) -> None:
+def test_an_interrupt_waits_until_ray_has_started_but_a_second_one_does_not(way: signal.Signals) -> None:
     from ray._private import utils
 
     def interrupt(number: int, frame: object) -> None:

@@ -166,21 +166,26 @@ def _describe(texts: TextData) -> str:
 def import_trainable(trainable: str, folder: Path) -> str:
     """Imports the user's module in a process of its own: it may import torch, or end the process."""
     code = "import sys; from trainables.worker import resolve; resolve(sys.argv[1], sys.argv[2])"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # importing it must not need a GPU
-    command = [sys.executable, "-P", "-c", code, trainable, str(folder)]
-    try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment, check=False
-        )
-        found = "" if run.returncode == 0 else _last_line(run.stderr) or f"exit code {run.returncode}"
-    except subprocess.TimeoutExpired:
-        found = f"the import took more than {IMPORT_TIMEOUT_S} s"
+    _, found = in_a_process(["-c", code, trainable, str(folder)])
     if found:
         expected = f"a module on PYTHONPATH or in {folder} that can be imported"
         raise UserError(Problem("trainable", f"{trainable} can be imported", found, expected))
     return trainable
 
 
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+def in_a_process(arguments: Sequence[str], given: str = "") -> tuple[str, str]:
+    """What a Python of its own, without a GPU, prints with `given` as its input, and why it failed: empty if not.
+
+    It may print what is no UTF-8, and go on for ever.
+    """
+    command = [sys.executable, "-P", *arguments]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    try:
+        run = subprocess.run(
+            command, input=given.encode(), capture_output=True, timeout=IMPORT_TIMEOUT_S, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"the import took more than {IMPORT_TIMEOUT_S} s"
+    out, err = (stream.decode(errors="replace") for stream in (run.stdout, run.stderr))
+    last = next((line for line in reversed(err.splitlines()) if line.strip()), f"exit code {run.returncode}")
+    return out, last if run.returncode else ""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 from trainables.config import ModelConfig
 from trainables.errors import Problem, UserError
 from trainables.model_files import ANSWER
+from tune_service.check import in_a_process
 from tune_service.spec_checks import ends
 from tune_service.spec_sections import MODEL_PREFIX, StudySpec
-
-TIMEOUT_S = 120
 
 
 def changed_models(spec: StudySpec) -> list[ModelConfig]:
@@ -34,22 +30,12 @@ def changed_models(spec: StudySpec) -> list[ModelConfig]:
 
 def built(models: list[ModelConfig]) -> str:
     """Builds each, without its weights, in a process of its own. UserError with what is wrong."""
-    command = [sys.executable, "-P", "-m", "trainables.model_check"]
-    sections = json.dumps([model.model_dump() for model in models]).encode()
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    try:
-        run = subprocess.run(
-            command, input=sections, capture_output=True, timeout=TIMEOUT_S, env=environment, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        found, expected = f"it took more than {TIMEOUT_S} s", "a model that is here, or a hub that answers"
-        raise UserError(Problem("model.config", "can be looked at", found, expected)) from error
-    lines = run.stdout.decode(errors="replace").splitlines()
-    answer = next((line.removeprefix(ANSWER) for line in lines if line.startswith(ANSWER)), None)
+    sections = json.dumps([model.model_dump() for model in models])
+    out, why = in_a_process(["-m", "trainables.model_check"], sections)
+    answer = next((line.removeprefix(ANSWER) for line in out.splitlines() if line.startswith(ANSWER)), None)
     if answer is None:
-        words = run.stderr.decode(errors="replace").strip().splitlines()
-        found, expected = words[-1] if words else f"exit code {run.returncode}", "torch and Transformers that work"
-        raise UserError(Problem("model.config", "can be looked at", found, expected))
+        expected = "torch and Transformers that can be imported, a hub that answers"
+        raise UserError(Problem("model.config", "can be looked at", why or "no answer", expected))
     problems = [Problem(**each) for each in json.loads(answer)]
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
