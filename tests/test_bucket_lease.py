@@ -110,7 +110,7 @@ def test_the_age_of_a_claim_does_not_count_only_that_it_stands_still(claims: Buc
 
 def test_a_dead_process_of_this_machine_delays_nobody(claims: Bucket) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
-        started = psutil.Process(other.pid).create_time()
+        started = bucket_lease._started(psutil.Process(other.pid))
         write(claims, "000001-a.json", pid=other.pid, started=started)
         assert is_held(claims)
         other.send_signal(signal.SIGKILL)
@@ -122,8 +122,15 @@ def test_a_dead_process_of_this_machine_delays_nobody(claims: Bucket) -> None:
 
 
 def test_a_process_that_has_the_number_of_a_dead_one_is_not_taken_for_it(claims: Bucket) -> None:
-    write(claims, "000001-a.json", started=psutil.Process().create_time() - 1000)
+    write(claims, "000001-a.json", started=bucket_lease._started(psutil.Process()) - 1000)
     assert not is_held(claims)
+
+
+def test_a_clock_that_is_set_anew_ends_no_driver(claims: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    with taken("toy", claims, 0, nobody):
+        booted = psutil.boot_time()
+        monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: booted + 37)
+        assert is_held(claims)
 
 
 def test_of_many_that_claim_at_one_moment_at_most_one_drives(claims: Bucket) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from trainables.far import SCRATCH
-from tune_service.local_ray import LOCK, _end_processes_of, _is_of, interrupts_put_off, scratch_folder
+from tune_service.local_ray import LOCK, _end_all, _end_processes_of, _is_of, interrupts_put_off, scratch_folder
 
 OWNER = """
 import subprocess, sys, time
@@ -73,6 +73,27 @@ def test_what_a_killed_driver_left_is_ended_and_removed_by_the_next_study(root: 
             assert processes_of(left) == []
     finally:
         _end_processes_of(left)
+
+
+def test_a_process_whose_number_another_one_had_before_is_ended_too(root: Path) -> None:
+    """psutil, which remembers the other one, passes over it at its next look."""
+    left = killed_owner(root)
+    try:
+        for process in processes_of(left)[1:]:
+            process._ident = (process.pid, 0.0)
+        with scratch_folder():
+            assert processes_of(left) == []
+    finally:
+        _end_processes_of(left)
+
+
+def test_a_process_that_one_look_passes_over_is_ended_too() -> None:
+    """One that is just being started has no environment yet, or comes after the list of all was made."""
+    looks = iter([False, True, False, False])
+    with subprocess.Popen(["sleep", "60"]) as process:
+        _end_all(lambda: [psutil.Process(process.pid)] if next(looks) else [])
+        assert not psutil.pid_exists(process.pid)
+    assert list(looks) == []
 
 
 def test_a_removal_that_was_cut_off_is_gone_on_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

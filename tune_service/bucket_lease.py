@@ -196,7 +196,7 @@ def _refusal(study: str, found: str) -> StudyRunningError:
 
 
 def _claim(beats: int, released: bool) -> bytes:
-    own = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": os.uname().nodename}
+    own = {"pid": os.getpid(), "started": _started(psutil.Process()), "host": os.uname().nodename}
     return json.dumps(own | {"machine": _machine(), "beats": beats, "released": released}).encode()
 
 
@@ -224,9 +224,14 @@ def _is_gone(claim: dict[str, Any]) -> bool:
         return False
     try:
         process = psutil.Process(claim["pid"])
-        return bool(process.create_time() != claim["started"] or process.status() == psutil.STATUS_ZOMBIE)
+        return bool(_started(process) != claim["started"] or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
+
+
+def _started(process: psutil.Process) -> float:
+    """Seconds after the machine's boot: the time of day may be set anew while the process lives."""
+    return round(process.create_time() - psutil.boot_time(), 2)
 
 
 def _now() -> float:

@@ -25,6 +25,8 @@ PR_SET_CHILD_SUBREAPER = 36
 LOCK = ".lock"
 """In a scratch folder; its owner holds it."""
 END_S = 5.0
+SETTLE_S = 0.02
+"""A process that is just being started is there, with its environment, after so long."""
 LOOK_S = 1.0
 STOPPED_S = 20.0
 """Ray's servers may stand still for so long (SIGSTOP) before the study is ended for it."""
@@ -128,16 +130,27 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
 
 def _end_processes_of(scratch: Path) -> None:
     """Ends what is left of a killed driver's Ray: of one that was just starting nobody else does."""
-    _end_all(lambda: [each for each in psutil.process_iter() if _is_of(each, scratch)])
+
+    def find() -> list[psutil.Process]:
+        psutil.process_iter.cache_clear()  # it passes over a process whose number another one had at its last look
+        return [each for each in psutil.process_iter() if _is_of(each, scratch)]
+
+    _end_all(find)
 
 
 def _end_all(find: Callable[[], Collection[psutil.Process]]) -> None:
+    """Kills what `find` finds until it finds nothing twice: one that is just being started is passed over."""
     end = time.monotonic() + END_S
-    while (processes := find()) and time.monotonic() < end:
-        for process in processes:  # one of them may just have started another
+    seen = True
+    while ((processes := find()) or seen) and time.monotonic() < end:
+        for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(processes, timeout=0.2)  # one whose parent does not bury it is never seen to end
+        if processes:
+            psutil.wait_procs(processes, timeout=0.2)  # one whose parent does not bury it is never seen to end
+        else:
+            time.sleep(SETTLE_S)
+        seen = bool(processes)
 
 
 def _is_of(process: psutil.Process, scratch: Path) -> bool:
