@@ -113,6 +113,7 @@ def test_a_removal_that_was_cut_off_is_gone_on_with(root: Path, monkeypatch: pyt
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     with scratch_folder():
         assert not scratch.exists()
+    assert SCRATCH not in os.environ
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda way: way.name)

@@ -86,6 +86,7 @@ def scratch_folder() -> Iterator[Path]:
         yield scratch
     finally:
         with undisturbed():
+            os.environ.pop(SCRATCH, None)
             with contextlib.suppress(OSError):
                 _remove(scratch)
             os.close(descriptor)
