@@ -293,7 +293,7 @@ def test_what_keeps_trials_waiting_is_told_once_and_so_is_its_end(tmp_path: Path
         display._next = 0.0
         display.show(study.record)
     lines = [line.partition(" ")[2] for line in output.getvalue().splitlines()]
-    assert lines == ["trials wait for nodes", "trials wait no longer"]
+    assert lines == ["trials wait for nodes", "no longer: trials wait for nodes"]
 
 
 def test_a_terminal_that_stands_still_holds_up_nobody_and_gets_all_when_it_goes_on(tmp_path: Path) -> None:

@@ -247,8 +247,7 @@ class BucketStorage:
         self._bucket.check()
         if NAME.fullmatch(name) and (study := self._study(name)).exists():
             return study
-        known = ", ".join(study.name for study in self.studies()) or "no study yet"
-        raise StudyNotFoundError(Problem("STUDY", f"is a study of the storage {self.where}", repr(name), known))
+        raise StudyNotFoundError.among(name, self.where, [study.name for study in self.studies()])
 
     def check_free(self, name: str) -> StudyBucket:
         self._bucket.check()
@@ -273,5 +272,4 @@ def _taken(study: StudyBucket) -> StudyExistsError:
         found = f"{study.where} is being deleted"
         expected = f"another name (--name), or `tune-service delete {study.name}`, which goes on with that"
         return StudyExistsError(Problem("name", "is not taken in the storage", found, expected))
-    expected = f"another name (--name), or `tune-service resume {study.name}`"
-    return StudyExistsError(Problem("name", "is not taken in the storage", f"{study.where} exists", expected))
+    return StudyExistsError.of(study.name, study.where)

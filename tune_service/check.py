@@ -24,6 +24,7 @@ from tune_service.home import StudyStorage
 from tune_service.kept import least_bytes
 from tune_service.place import Room
 from tune_service.spec import StudySpec
+from tune_service.words import counted
 
 IMPORT_TIMEOUT_S = 120
 CHECKPOINTS_AT_ONCE = 4
@@ -117,10 +118,10 @@ def _record(storage: StudyStorage, url: str) -> str:
 
 def _resources(spec: StudySpec, room: Room) -> str:
     _raised(room.problems(spec.resources))
-    at_once = room.fit(spec.resources, spec.budget.concurrent_trials)
+    at_once = counted(room.fit(spec.resources, spec.budget.concurrent_trials), "trial")
     if spec.resources.finds_share:
-        return f"{room.offer()}: {at_once} trials at once at most; how many share a GPU is found while they run"
-    return f"{room.offer()}: {at_once} trials at once"
+        return f"{room.offer()}: {at_once} at once at most; how many share a GPU is found while they run"
+    return f"{room.offer()}: {at_once} at once"
 
 
 def room_for_checkpoints(spec: StudySpec, storage: StudyStorage, each: int) -> str:
@@ -141,9 +142,7 @@ def room_for_checkpoints(spec: StudySpec, storage: StudyStorage, each: int) -> s
     free = storage.free_bytes()
     if needed > free:
         found = f"{free / GIB:.2g} GiB are free at {storage.disk}, {needed / GIB:.2g} are needed at least"
-        raise UserError(
-            Problem("--storage", "has room for the checkpoints of one trial", found, "another --storage DIR")
-        )
+        raise UserError(Problem("--storage", "has room for the checkpoints of one trial", found, "another --storage"))
     size = f"{each / GIB:.2g} GiB each at least, " if each else ""
     return f"{size}{spec.checkpoints.budget_gib:g} GiB in all, {free / GIB:.3g} GiB free"
 

@@ -18,7 +18,7 @@ from trainables.errors import Problem, UserError
 from trainables.redaction import redacted
 from tune_service import __version__
 from tune_service.cluster_cli import app as cluster_app
-from tune_service.errors import CommandError, FollowEndedError, exit_code
+from tune_service.errors import CommandError, InterruptedCommandError, exit_code
 from tune_service.output import display as display_of
 from tune_service.output import print_check, print_failure, print_json, print_rows, print_status, reader_is_gone
 
@@ -40,11 +40,12 @@ app = typer.Typer(
 app.add_typer(cluster_app, name="cluster")
 
 StorageOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--storage",
-        envvar="TUNE_SERVICE_STORAGE",
-        help="Folder, s3:// or gs:// URL of the studies; a cluster has its own.",
+        metavar="FOLDER|URL",
+        help="Of the studies (s3://, gs://). Without it TUNE_SERVICE_STORAGE, else ./studies; a cluster has its own.",
+        show_default=False,
     ),
 ]
 AddressOption = Annotated[
@@ -52,13 +53,13 @@ AddressOption = Annotated[
     typer.Option("--address", metavar="URL|FILE", help="Of a cluster: its dashboard's URL, or its cluster.yaml."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON document a line and nothing else.")]
 Spec = Annotated[Path, typer.Argument(help="The spec file (YAML).", show_default=False)]
 Study = Annotated[str, typer.Argument(help="The study's name.", show_default=False)]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a value of the spec; may be repeated.")
 ]
 NameOption = Annotated[str | None, typer.Option("--name", help="Overrides the spec's name.")]
-DEFAULT_STORAGE = "./studies"
 _UsageFault = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """Typer's own copy of Click has it or Click itself, by version; Typer does not export it."""
 
@@ -83,7 +84,7 @@ def run(
     spec: Spec,
     overrides: Overrides = [],  # noqa: B006  (typer's way to write it; never changed)
     name: NameOption = None,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a study on this machine, from its spec to its best trial."""
@@ -100,7 +101,7 @@ def run(
 def resume(
     study: Study,
     trials: Annotated[str | None, typer.Option("--trials", help="+20 adds to the budget, 80 sets it.")] = None,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,7 +123,7 @@ def submit(
     ] = False,
     overrides: Overrides = [],  # noqa: B006
     name: NameOption = None,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hand a study to a cluster, which runs it whatever becomes of this machine."""
@@ -145,20 +146,20 @@ def submit(
 
 
 @app.command("list")
-def list_(storage: StorageOption = DEFAULT_STORAGE, address: AddressOption = None, as_json: JsonOption = False) -> None:
+def list_(storage: StorageOption = None, address: AddressOption = None, as_json: JsonOption = False) -> None:
     """List the studies of a storage."""
     with _studies(storage, address) as studies:
         found = list(studies.list())
     if as_json:
         print_json({"studies": [row.to_json() for row in found]})
         return
-    print_rows(found, address or storage)
+    print_rows(found, address or _root(storage))
 
 
 @app.command()
 def status(
     study: Study,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -171,14 +172,11 @@ def status(
 @app.command()
 def watch(
     study: Study,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     address: AddressOption = None,
-    as_json: JsonOption = False,
+    as_json: JsonLinesOption = False,
 ) -> None:
-    """Follow a study until it ends.
-
-    With --json, one document a line.
-    """
+    """Follow a study until it ends."""
     with _studies(storage, address) as studies:
         if as_json:
             before = ""
@@ -198,14 +196,11 @@ def watch(
 def logs(
     study: Study,
     trial: Annotated[int | None, typer.Option("--trial", help="Only this trial.")] = None,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     address: AddressOption = None,
-    as_json: JsonOption = False,
+    as_json: JsonLinesOption = False,
 ) -> None:
-    """Follow the logs of a study's ranks.
-
-    With --json, one document a line.
-    """
+    """Follow the logs of a study's ranks."""
     with _studies(storage, address) as studies:
         for piece in studies.logs(study, trial):
             name = piece.file.removesuffix(".log")
@@ -217,7 +212,7 @@ def logs(
 def stop(
     study: Study,
     now: Annotated[bool, typer.Option("--now", help="At once, not at each trial's next report.")] = False,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -234,14 +229,15 @@ def stop(
 def delete(
     study: Study,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Delete a study: its record and its checkpoints."""
     with _studies(storage, address) as studies:
         if not yes and not _agrees(f"Delete {studies.where(study)} with all its checkpoints?"):
-            raise CommandError(Problem("--yes", "a study is deleted after a question", "no answer of yes", "--yes"))
+            expected = "y to the question, or --yes, which asks none"
+            raise CommandError(Problem(study, "a study is deleted when that is confirmed", "not confirmed", expected))
         num_bytes = studies.delete(study)
     if as_json:
         print_json({"study": study, "bytes": num_bytes})
@@ -263,7 +259,7 @@ def _agrees(question: str) -> bool:
 def best(
     study: Study,
     out: Annotated[Path, typer.Option("--out", help="A new or an empty folder.", show_default=False)],
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -281,7 +277,7 @@ def check(
     spec: Spec,
     overrides: Overrides = [],  # noqa: B006
     name: NameOption = None,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: StorageOption = None,
     address: AddressOption = None,
     start_nodes: Annotated[
         bool, typer.Option("--start-nodes", help="With --address: have the autoscaler start what one trial needs.")
@@ -331,12 +327,15 @@ def _checks_here(path: Path, overrides: list[str], name: str | None, storage: St
 
 
 @app.command()
-def demo(storage: StorageOption = DEFAULT_STORAGE, as_json: JsonOption = False) -> None:
+def demo(storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """Run a small real study, without network or GPU."""
     from tune_service.demo import run_demo
     from tune_service.storage import Storage
 
-    place = Storage(Path(storage))
+    root = _root(storage)
+    if is_url(root):
+        raise UserError(Problem("--storage", "is a folder where the demo runs", redacted(root), "--storage FOLDER"))
+    place = Storage(Path(root))
     with display_of(as_json) as display:
         found = run_demo(place, display)
     _print_end(found.status, as_json)
@@ -391,14 +390,19 @@ def _usage(error: Exception) -> str:
     return f"{context.command_path} --help" if context else "tune-service --help"
 
 
-def _storage(root: str) -> StudyStorage:
+def _storage(given: str | None) -> StudyStorage:
     from tune_service.storages import open_storage
 
-    return open_storage(root)
+    return open_storage(_root(given))
+
+
+def _root(given: str | None) -> str:
+    """Where studies of this machine lie."""
+    return given if given is not None else os.environ.get("TUNE_SERVICE_STORAGE") or "./studies"
 
 
 @contextmanager
-def _studies(storage: str, address: str | None) -> Iterator[Studies]:
+def _studies(storage: str | None, address: str | None) -> Iterator[Studies]:
     """The studies that a command is about: of a folder here, or of a cluster."""
     if address is None:
         from tune_service.studies import LocalStudies
@@ -410,20 +414,19 @@ def _studies(storage: str, address: str | None) -> Iterator[Studies]:
 
 
 @contextmanager
-def _remote(storage: str, address: str) -> Iterator[RemoteStudies]:
+def _remote(storage: str | None, address: str) -> Iterator[RemoteStudies]:
     from tune_service.address import connected
     from tune_service.remote import RemoteStudies
 
-    # What the environment here says is about this machine's own studies.
-    is_meant = storage not in (DEFAULT_STORAGE, os.environ.get("TUNE_SERVICE_STORAGE"))
-    if is_meant and is_url(storage):
+    # `storage`: only what the command line says. The environment's is about this machine's own studies.
+    if storage is not None and is_url(storage):
         parsed(storage)  # before it stands in the list of jobs: it may hold a secret
     try:
         with connected(address) as dashboard:
-            yield RemoteStudies(dashboard, storage if is_meant else None)
+            yield RemoteStudies(dashboard, storage)
     except KeyboardInterrupt as interrupt:
-        expected = "`watch --address` to look again: what was handed to the cluster goes on there"
-        raise FollowEndedError(Problem("", "the command runs to its end", "Ctrl-C", expected)) from interrupt
+        expected = "what was handed to the cluster goes on there, `watch --address` looks again"
+        raise InterruptedCommandError(expected) from interrupt
 
 
 def _load(path: Path, overrides: list[str], name: str | None, storage: StudyStorage) -> StudySpec:
@@ -443,5 +446,4 @@ def _print_end(found: StudyStatus, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     main()

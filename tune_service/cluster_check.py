@@ -122,9 +122,8 @@ def _ask_ray(draft: Draft) -> None:
             validate_config(prepare_config(copy.deepcopy(draft.raw)))
     except (Exception, click.exceptions.Exit, SystemExit) as error:
         path = ".".join(str(each) for each in getattr(error, "absolute_path", ()))
-        found = (
-            getattr(error, "message", None) or str(error) or said.getvalue().strip().splitlines()[-1:] or repr(error)
-        )
+        last_said = said.getvalue().strip().rpartition("\n")[2]
+        found = getattr(error, "message", None) or str(error) or last_said or repr(error)
         draft.fault(path, "Ray's launcher accepts the file", found, "what `tune-service cluster init` writes there")
     finally:
         logging.disable(logging.NOTSET)

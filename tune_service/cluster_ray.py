@@ -18,6 +18,7 @@ from tune_service.home import StudyHome
 from tune_service.local_ray import TUNE_ENVIRONMENT, interrupts_put_off, undisturbed
 from tune_service.place import Usage
 from tune_service.spec import StudySpec, moved
+from tune_service.words import counted
 
 HEAD_RESOURCE = "study_head"
 """What the cluster file gives its head plenty of, so that supervisors can ask for some."""
@@ -174,7 +175,7 @@ class ClusterSession:
         """Why there is no room for a trial."""
         resources, room = self._spec.resources, self._room
         if not room.fits_now(resources):
-            what = f"{resources.workers} workers of {demand(resources)} each"
+            what = f"{counted(resources.workers, 'worker')} of {demand(resources)} each"
             yield f"trials wait for nodes: a trial needs {what}, the cluster has {room.offer()}"
         elif self._others:
             names = ", ".join(sorted(claim.study for claim in self._others))

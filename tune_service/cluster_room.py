@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from trainables.errors import Problem
 from tune_service.machine import Machine
 from tune_service.spec import ResourcesSpec, StudySpec
+from tune_service.words import counted
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ClusterRoom:
             return [_SHARE_PROBLEM]
         if not self.is_final or self.fit(resources):
             return []
-        found = f"{resources.workers} workers of {demand(resources)} each"
+        found = f"{counted(resources.workers, 'worker')} of {demand(resources)} each"
         if any(kind.ranks(resources) for kind in (*self.alive, *self.startable)):
             rule, expected = "the cluster holds one trial when it has grown", "fewer workers, or more `max_workers`"
             return [Problem("resources.workers", f"{rule} ({self.offer()})", found, expected)]

@@ -112,7 +112,7 @@ def look(url: str) -> str:
         raise refusal(url, error) from error
     if not is_new:
         opened(url).engine.dispose()  # knows whether the tables are another version's
-    return f"PostgreSQL {version} at {url} can be written; {number} studies in it"
+    return f"PostgreSQL {version} at {url} can be written; {number} {'study' if number == 1 else 'studies'} in it"
 
 
 def create_record(url: str, path: Path, direction: StudyDirection, attrs: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from tune_service.cluster_room import NodeKind
 from tune_service.estimate import most_trials
 from tune_service.node_look import METRICS, OPEN, REFUSED, SILENT, UNKNOWN
 from tune_service.spec import StudySpec
+from tune_service.words import counted
 
 FAILED = 1
 """The exit code of a check that failed for a reason that lies with the cluster; what lies with the spec has 2."""
@@ -108,7 +109,8 @@ def versions(nodes: Sequence[Node], here: Mapping[str, str]) -> Check:
         advice = "one source and one requirements.lock on all nodes: `ray up` copies and installs this checkout's"
         return failed(name, "; ".join(told), advice)
     same = nodes[0].found["versions"]
-    found = f"on {_nodes(len(nodes))}: " + ", ".join(f"{package} {version}" for package, version in same.items())
+    packages = ", ".join(f"{package} {version}" for package, version in same.items())
+    found = f"on {counted(len(nodes), 'node')}: {packages}"
     if same["tune-service"] == here["tune-service"]:
         return Check(name, True, found)
     differs = f"{found}; here: tune-service {here['tune-service']}"
@@ -148,11 +150,7 @@ def opened(nodes: Sequence[Node]) -> Check:
     if told:
         advice = "a folder of this machine, which is shipped, or one that lies on every node; a network for the hub"
         return Check("inputs", False, "; ".join(told), advice, code=2)
-    return Check("inputs", True, f"can be opened on {_nodes(len(workers))}")
-
-
-def _nodes(count: int) -> str:
-    return f"{count} node{'s' if count != 1 else ''}"
+    return Check("inputs", True, f"can be opened on {counted(len(workers), 'node')}")
 
 
 # Ports
@@ -183,7 +181,8 @@ def ports(found: Sequence[Port]) -> Check:
         )
     if blocked := [port for port in by_says.get(SILENT, ()) if port.program in SERVERS]:  # others have just ended
         found_blocked = f"from another node nobody reaches {_listed(blocked)}; {told}"
-        return failed("ports", found_blocked, "between the nodes all ports open: README, What is guarded")
+        advice = "between the nodes all ports open: README, What is guarded, and what is not"
+        return failed("ports", found_blocked, advice)
     return Check("ports", True, told)
 
 

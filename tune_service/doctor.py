@@ -30,6 +30,7 @@ from tune_service.errors import CommandError
 from tune_service.home import StudyStorage
 from tune_service.parcel import SPEC
 from tune_service.spec import StudySpec, beside, parse_spec
+from tune_service.words import counted
 
 if TYPE_CHECKING:
     from tune_service.head import Answer
@@ -121,7 +122,7 @@ class _Doctor:
         if isinstance(speeds, BucketError):
             raise speeds
         if isinstance(speeds, OSError):
-            expected = "a disk with room, or another --storage DIR"
+            expected = "a disk with room, or another --storage"
             raise CommandError(Problem("--storage", "takes and gives back a file", str(speeds), expected)) from speeds
         self._bytes_s = speeds[0]
         told = f"writes {speeds[0] / 1e6:.0f} MB/s, synced, reads {speeds[1] / 1e6:.0f} MB/s"
@@ -131,9 +132,8 @@ class _Doctor:
         """Adds how many fit now; where none does and no autoscaler is there, waiting would not end."""
         resources, room = self._spec.resources, self._place.room
         if not room.fits_now(resources) and cluster_file() is None:
-            found = (
-                f"a trial needs {resources.workers} workers of {demand(resources)} each, the cluster has {room.offer()}"
-            )
+            needed = f"{counted(resources.workers, 'worker')} of {demand(resources)} each"
+            found = f"a trial needs {needed}, the cluster has {room.offer()}"
             advice = "nodes that hold it, or less in `resources`: nodes come by hand here, no autoscaler was found"
             return Check("resources", False, found, advice, code=2)
         return replace(check, found=f"{check.found}, {room.fits_now(resources)} now")

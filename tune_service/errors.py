@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 from trainables.errors import BucketError, Problem, UserError
 
@@ -15,9 +15,22 @@ class SpecError(UserError):
 class StudyNotFoundError(UserError):
     """The storage has no study of this name."""
 
+    @classmethod
+    def among(cls, name: str, storage: object, known: Iterable[str]) -> Self:
+        """`known`: the studies that are there."""
+        names = ", ".join(known)
+        expected = f"one of: {names}" if names else "no study is there yet"
+        return cls(Problem("STUDY", f"is a study of the storage {storage}", repr(name), expected))
+
 
 class StudyExistsError(UserError):
     """The storage has a study of this name already."""
+
+    @classmethod
+    def of(cls, name: str, place: object) -> Self:
+        """`place`: where the study lies that has the name."""
+        expected = f"another name (--name), or `tune-service resume {name}`"
+        return cls(Problem("name", "is not taken in the storage", f"{place} exists", expected))
 
 
 class StudyRunningError(UserError):
@@ -36,8 +49,11 @@ class AddressError(UserError):
     """What `--address` names is no cluster."""
 
 
-class FollowEndedError(UserError):
-    """Ctrl-C, while a cluster's study was looked at: it goes on."""
+class InterruptedCommandError(UserError):
+    """Ctrl-C, where something goes on, or can be gone on with: its problem expects that."""
+
+    def __init__(self, expected: str) -> None:
+        super().__init__(Problem("", "the command runs to its end", "Ctrl-C", expected))
 
 
 class CommandError(UserError):
@@ -67,7 +83,7 @@ class StudyHaltedError(CommandError):
 
 def exit_code(error: BaseException) -> int:
     """What the process ends with: 2 for wrong input, 1 for a failure, 130 after Ctrl-C."""
-    if isinstance(error, KeyboardInterrupt | FollowEndedError):
+    if isinstance(error, KeyboardInterrupt | InterruptedCommandError):
         return 130
     if isinstance(error, RemoteError):
         return error.code
@@ -88,8 +104,7 @@ def error_json(error: BaseException) -> dict[str, Any]:
             document["errors"] = [problem.to_json() for problem in error.problems]
         return document
     if isinstance(error, KeyboardInterrupt):
-        problem = Problem("", "the command runs to its end", "Ctrl-C", "`tune-service resume` goes on")
-        return {"error": problem.to_json()}
+        return error_json(InterruptedCommandError("the same command once more"))
     # Not foreseen: a fault of ours or of the machine's. It still has the shape that a reading program relies on.
     found = f"{type(error).__name__}: {error}"
     return {"error": Problem("", "the command runs to its end", found, "see the log; this is not your input").to_json()}

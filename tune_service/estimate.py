@@ -13,6 +13,7 @@ from tune_service.check import Check
 from tune_service.kept import BYTES_PER_PARAMETER
 from tune_service.scheduler import Asha
 from tune_service.spec import StudySpec
+from tune_service.words import counted
 
 HOUR_S = 3600.0
 PLAYED_STUDIES, PLAYED_TRIALS = 40, 200
@@ -33,10 +34,11 @@ class Estimate:
 
     def __str__(self) -> str:
         used = f", {_range(*self.gpu_hours, 'GPU hours')}" if self.gpu_hours[1] else ""
+        expected, most = (counted(round(number), "epoch") for number in self.epochs)
+        epochs = f"{expected} if ASHA stops what it is expected to, {most} if nothing stops"
         return (
-            f"{_times(*self.wall_s)}{used}: {self.epochs[0]:.0f} epochs if ASHA stops what it is expected to, "
-            f"{self.epochs[1]:.0f} if nothing stops, of {_times(*self.epoch_s)} each with evaluation and checkpoint, "
-            f"by the steps that were timed"
+            f"{_times(*self.wall_s)}{used}: {epochs if expected != most else most}, of {_times(*self.epoch_s)} each "
+            f"with evaluation and checkpoint, by the steps that were timed"
         )
 
 

@@ -30,6 +30,7 @@ from tune_service.status import (
     objective_value,
     ranked,
 )
+from tune_service.words import counted
 
 REFRESH_S = 0.5
 LAST_WORDS_S = 5.0
@@ -113,8 +114,8 @@ class StudyDisplay:
             self._live.update(Group(_live_table(view.objective, seen, rows), *notice, summary), refresh=True)
             return
         if view.notice != self._noticed:
+            self._print(_stamped(view.notice or f"no longer: {self._noticed}", "yellow"))
             self._noticed = view.notice
-            self._print(_stamped(view.notice or "trials wait no longer", "yellow"))
         for trial in changed:
             if seen.is_news(trial):
                 self._print(_stamped(_event(trial, view.objective, summary.plain if trial.ended_at else "")))
@@ -135,7 +136,7 @@ class StudyDisplay:
         if view.baseline is not None and view.objective.metric == "eval_accuracy":
             parts.append(f"majority class {_number(view.baseline)}")
         here = num_ended - self._study.num_ended_before
-        if here:
+        if here and num_ended < view.budget_trials:
             left_s = (time.monotonic() - self._began) / here * (view.budget_trials - num_ended)
             parts.append(f"about {_duration(left_s)} left")
         return Text(" | ".join(parts))
@@ -236,7 +237,7 @@ def _live_table(objective: ObjectiveStatus, seen: _Seen, rows: int) -> Table:
 
 
 def _table(objective: ObjectiveStatus, trials: list[TrialStatus], best: int | None, hidden: int) -> Table:
-    caption = f"and {hidden} more trials" if hidden else None
+    caption = f"and {counted(hidden, 'more trial')}" if hidden else None
     table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
     table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -287,8 +288,8 @@ def failure_lines(status: StudyStatus) -> list[str]:
     """Why trials failed, of which the table shows only the beginning: the commonest reasons, each by its first."""
     failed = [first_line(trial.reason or "-") for trial in status.trials if trial.state == "failed"]
     first = {alike(reason): reason for reason in reversed(failed)}
-    counted = Counter(map(alike, failed)).most_common(NUM_REASONS)
-    return [f"{count} {'trial' if count == 1 else 'trials'} failed: {first[kind]}" for kind, count in counted]
+    commonest = Counter(map(alike, failed)).most_common(NUM_REASONS)
+    return [f"{counted(count, 'trial')} failed: {first[kind]}" for kind, count in commonest]
 
 
 def _event(trial: TrialStatus, objective: ObjectiveStatus, summary: str) -> str:

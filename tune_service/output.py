@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainables.errors import UserError
-from tune_service.errors import error_json
+from tune_service.errors import InterruptedCommandError, error_json
+from tune_service.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,10 +35,12 @@ def reader_is_gone() -> bool:
 def print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO) -> None:
     """Why a command failed: on standard error for people, as its document with --json."""
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted; `tune-service resume` goes on", file=err)
+        print("interrupted", file=err)
+    if isinstance(error, InterruptedCommandError):
+        print(f"interrupted; {error.problems[0].expected}", file=err)
     if as_json:
         print(json.dumps(error_json(error), allow_nan=False), file=out, flush=True)
-    elif isinstance(error, UserError):
+    elif isinstance(error, UserError) and not isinstance(error, InterruptedCommandError):
         for problem in error.problems:
             print(f"error: {problem.place}: {problem.rule}", file=err)
             print(f"  found:    {problem.found}", file=err)
@@ -92,7 +95,7 @@ def print_status(found: StudyStatus, as_json: bool) -> None:
 
     console = _console()
     console.print(study_table(found, MAX_ROWS if console.is_terminal else None))
-    console.print(f"study {found.study}: {found.state}, {len(found.trials)} trials", highlight=False)
+    console.print(f"study {found.study}: {found.state}, {counted(len(found.trials), 'trial')}", highlight=False)
     for line in (*failure_lines(found), best_line(found)):
         console.print(Text(line), soft_wrap=True)
     if found.notice is not None:

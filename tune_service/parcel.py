@@ -62,7 +62,7 @@ def pack(spec: StudySpec, to: Path) -> None:
                     target.write(chunk)
     size = to.stat().st_size
     if size > MAX_PACKAGE_BYTES:
-        raise _too_big("data.path" if spec.is_finetune else "trainable", size, files)
+        raise _too_big(_key_of_largest(files), size, files)
 
 
 def origins(shipped: Path) -> dict[str, str]:
@@ -134,6 +134,13 @@ def _check_size(key: str, folder: Path, files: dict[str, Path]) -> None:
     size = sum(path.stat().st_size for path in files.values())
     if size > _MAX_RAW_BYTES:
         raise _too_big(key, size, files)
+
+
+def _key_of_largest(files: dict[str, Path]) -> str:
+    """The key of the spec that brought it."""
+    largest = max(files, key=lambda name: files[name].stat().st_size)
+    keys = {_DATA: "data.path", _MODEL: "model.name"}
+    return next((key for place, key in keys.items() if largest.startswith(f"{place}/")), "trainable")
 
 
 def _too_big(key: str, size: int, files: dict[str, Path]) -> SpecError:

@@ -200,7 +200,7 @@ class Record(RecordView):
         self._study.set_user_attr("baseline", value)
 
     def set_notice(self, text: str | None) -> None:
-        """What keeps trials waiting, in words; None: nothing does."""
+        """What people should know of the place, above all why trials wait; None: nothing."""
         if self.notice != text:
             self._study.set_user_attr("notice", text)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_service.spec import StudySpec
+from tune_service.words import counted
 
 START_EACH = 2
 """Trials a GPU at first. Side by side two gain on one (20 % on an H200 that one trial keeps busy); in turns they lose
@@ -152,7 +153,7 @@ class Sharing:
 
     def _share(self, number: int) -> str:
         gpus = "the GPU" if self._num_gpus == 1 else f"{self._num_gpus} GPUs"
-        return f"{number} trials share {gpus}" if number > 1 else f"1 trial has {gpus}"
+        return f"{counted(number, 'trial')} {'share' if number > 1 else 'has'} {gpus}"
 
 
 def of_largest(spec: StudySpec, params: Mapping[str, Any]) -> float:

@@ -64,7 +64,7 @@ class StudyStatus(_Status):
     trials: tuple[TrialStatus, ...]
     best: BestTrial | None
     notice: str | None = Field(default=None, exclude=True)
-    """What keeps trials waiting, in words, for people; not part of the document."""
+    """What people should know of the place, above all why trials wait; not part of the document."""
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

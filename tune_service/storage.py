@@ -164,24 +164,14 @@ class Storage:
         # Among those that are there: a name such as `..` would lead to another folder.
         studies = {study.name: study for study in self.studies()}
         if name not in studies:
-            known = ", ".join(studies) or "no study yet"
-            raise StudyNotFoundError(
-                Problem("STUDY", f"is a study of the storage {self.root}", repr(name), f"one of: {known}")
-            )
+            raise StudyNotFoundError.among(name, self.root, studies)
         return studies[name]
 
     def check_free(self, name: str) -> StudyFolder:
         """The folder for a new study, nothing written yet. StudyExistsError when the name is taken."""
         folder = StudyFolder(self.root / name)
         if folder.path.exists():
-            raise StudyExistsError(
-                Problem(
-                    "name",
-                    "is not taken in the storage",
-                    f"{folder.path} exists",
-                    f"another name (--name), or `tune-service resume {name}`",
-                )
-            )
+            raise StudyExistsError.of(name, folder.path)
         return folder
 
     def check_writable(self) -> None:
@@ -195,7 +185,7 @@ class Storage:
         elif not os.access(place, os.W_OK | os.X_OK):
             found = f"this user may not write in {place}"
         if found is not None:
-            raise StorageError(Problem("--storage", "is a folder that can be written", found, "another --storage DIR"))
+            raise StorageError(Problem("--storage", "is a folder that can be written", found, "another --storage"))
 
     @property
     def disk(self) -> Path:
@@ -238,7 +228,7 @@ class Storage:
         except OSError as error:
             self.check_free(name)  # another process may have made it at this moment
             raise StorageError(
-                Problem("--storage", "is a folder that can be written", str(error), "another --storage DIR")
+                Problem("--storage", "is a folder that can be written", str(error), "another --storage")
             ) from error
         return folder
 

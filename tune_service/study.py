@@ -16,6 +16,7 @@ from trainables.worker import storage_is_away
 from tune_service.check import baseline, problems_of, run_checks
 from tune_service.errors import (
     CommandError,
+    InterruptedCommandError,
     LeaseLostError,
     RecordUnavailableError,
     SpecError,
@@ -67,7 +68,7 @@ def _whole_or_absent(folder: StudyHome) -> Iterator[None]:
         folder.abandon()
         if not isinstance(error, OSError) or isinstance(error, BucketError):
             raise
-        expected = "a disk with room, or another --storage DIR"
+        expected = "a disk with room, or another --storage"
         raise CommandError(Problem("--storage", "takes what a study writes", str(error), expected)) from error
 
 
@@ -150,8 +151,6 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
         more = "the grid has no more points" if spec.sampler.name == "grid" else "--trials +20 adds some"
         display.tell(f"nothing to do: all {len(record.trials())} trials have ended; {more}")
         return
-    place.prepare(spec)
-    from tune_service.tuner import run_trials  # imports Ray, which reads the environment then
 
     def tick() -> None:
         lease.sign_of_life()
@@ -159,9 +158,13 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
 
     reason = USER_STOP
     try:
-        with _terminate_as_interrupt(), folder.driver_log() as log, output_to(log):
-            on_lost = _abort_of(spec.name, place, display)
-            run_trials(spec, folder, driver, lease.identity, place, tick, on_lost)
+        with _terminate_as_interrupt():
+            place.prepare(spec)
+            from tune_service.tuner import run_trials  # imports Ray, which reads the environment then
+
+            with folder.driver_log() as log, output_to(log):
+                on_lost = _abort_of(spec.name, place, display)
+                run_trials(spec, folder, driver, lease.identity, place, tick, on_lost)
         if driver.halted is not None:
             raise StorageUnavailableError(driver.halted)
         if record.failure is not None:
@@ -172,8 +175,11 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
         away = _record_away(error)
         if away is not None:
             raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
+        if isinstance(error, KeyboardInterrupt):
+            reason = "interrupted by the user"
+            raise InterruptedCommandError(f"`tune-service resume {spec.name}` goes on") from error
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
-        reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"interrupted: {what}"
+        reason = f"interrupted: {what}"
         if isinstance(error, StorageUnavailableError) or storage_is_away(error):
             raise _halted(spec.name, "a study's storage takes what it writes", what) from error
         raise

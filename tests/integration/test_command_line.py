@@ -279,8 +279,17 @@ def test_watch_ends_with_the_study(study: Finished, program: Program) -> None:
 def test_logs_have_what_the_ranks_printed(study: Finished, program: Program) -> None:
     found = program.run("logs", "oven", "--json")
     assert found.code == 0
-    assert all(list(json.loads(line)) == ["file", "line"] for line in found.out.splitlines())
-    assert program.run("logs", "oven").code == 0
+    printed = [json.loads(line) for line in found.out.splitlines()]
+    whole = [trial for trial in study.trials if trial["state"] == "completed"]
+    for number, rank in itertools.product([trial["number"] for trial in whole], range(2)):
+        name, x = f"trial-{number:05d}-rank-{rank}.log", study.trials[number]["params"]["x"]
+        lines = [each["line"] for each in printed if each["file"] == name]
+        assert lines == [f"epoch {epoch} of x={x}" for epoch in (1, 2, 3, 4)]
+    assert {tuple(each) for each in printed} == {("file", "line")}
+    first = program.run("logs", "oven", "--trial", "0")
+    assert first.code == 0
+    expected = [f"trial-00000-rank-{rank}: epoch {epoch} of x=9" for rank in range(2) for epoch in (1, 2, 3, 4)]
+    assert sorted(first.out.splitlines()) == expected
 
 
 def test_best_exports_the_checkpoint_config_and_metrics(study: Finished, program: Program, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ def test_an_interrupted_study_goes_on_where_it_was(program: Program, way: str) -
     assert found.code == 130
     assert list(found.json) == ["error"]
     assert "Traceback" not in found.err
+    assert f"interrupted; `tune-service resume {way}` goes on" in found.err
     assert program.leftovers() == []
 
     status = program.json("status", way)
@@ -278,11 +280,17 @@ def _states(program: Program, name: str) -> list[str]:
 
 
 def test_nothing_ran_twice_at_once(program: Program) -> None:
-    """Over all studies of this file: no epoch was begun by a rank while another process still trained that trial."""
-    for folder in program.folder.glob("notes-*"):
-        last: dict[float, tuple[int, int]] = {}
-        for note in read_notes(folder):
-            if note.event == "epoch":
-                before = last.get(note.x, (0, 0))
-                assert note.epoch == before[0] + 1 or (note.epoch <= before[0] + 1 and note.pid != before[1])
-                last[note.x] = (note.epoch, note.pid)
+    """Over all studies of this file: no process began an epoch of a trial that a later one had begun to train."""
+    epochs = [(folder.name, note) for folder in program.folder.glob("notes-*") for note in read_notes(folder)]
+    last: dict[tuple[str, float, int], tuple[int, int]] = {}
+    gone: dict[tuple[str, float, int], set[int]] = defaultdict(set)
+    for study, note in epochs:
+        if note.event == "epoch":
+            trial = study, note.x, note.rank
+            epoch, pid = last.get(trial, (0, note.pid))
+            if note.pid != pid:
+                gone[trial].add(pid)
+            assert note.epoch == epoch + 1 or (note.epoch <= epoch + 1 and note.pid != pid)
+            assert note.pid not in gone[trial]
+            last[trial] = note.epoch, note.pid
+    assert len(last) > 10 and any(gone.values()), "there is something to look at"

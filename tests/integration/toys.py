@@ -43,6 +43,7 @@ def steady(context: Context) -> Iterator[Report]:
     while epoch < context.max_epochs:
         epoch += 1
         _note(context, "epoch", epoch)
+        print(f"epoch {epoch} of x={context.params['x']}")
         _go_wrong(context, epoch)
         time.sleep(context.params.get("epoch_s", 0.1))
         total = _trained(total, context.params["x"], epoch)
