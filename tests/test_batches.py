@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trainables.batches import Encoded, bucket_width, encode, epoch_batches, eval_batches, pad, separate_pairs
+from trainables.batches import Encoded, bucket_width, encode, epoch_batches, eval_batches, separate_pairs
 from trainables.config import DataConfig
 from trainables.data import read_texts
 from trainables.errors import DataError
@@ -49,7 +49,7 @@ def word_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 def tokens_of(kind: str, *texts: tuple[str, ...], max_length: int = 32) -> list[str]:
     tokenizer = word_tokenizer(kind)
     encoded = encode(tokenizer, texts, max_length)
-    return [" ".join(tokenizer.convert_ids_to_tokens(encoded.row(row))) for row in range(len(encoded))]
+    return [" ".join(tokenizer.convert_ids_to_tokens(row)) for row in np.split(encoded.ids, encoded.offsets[1:-1])]
 
 
 @pytest.mark.parametrize(
@@ -167,26 +167,6 @@ def test_evaluation_goes_from_short_to_long_over_every_row() -> None:
 
 def test_widths_are_multiples_of_the_step_up_to_max_length() -> None:
     assert [bucket_width(length, 30) for length in (1, 8, 9, 24, 25, 30)] == [8, 8, 16, 24, 30, 30]
-
-
-def test_padding_is_on_the_right_and_masked() -> None:
-    encoded = Encoded(
-        ids=np.array([5, 6, 7, 8], dtype=np.int32),
-        offsets=np.array([0, 1, 4]),
-        token_type_ids=np.array([1, 0, 1, 1], dtype=np.int32),
-    )
-    batch = pad(encoded, np.array([1, 0]), pad_id=9, width=4)
-    assert {name: array.tolist() for name, array in batch.items()} == {
-        "input_ids": [[6, 7, 8, 9], [5, 9, 9, 9]],
-        "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0]],
-        "token_type_ids": [[0, 1, 1, 0], [1, 0, 0, 0]],
-    }
-    assert {array.dtype for array in batch.values()} == {np.dtype(np.int64)}
-
-
-def test_a_batch_narrower_than_its_longest_row_is_a_fault_of_ours() -> None:
-    with pytest.raises(AssertionError):
-        pad(Encoded(np.array([5, 6], dtype=np.int32), np.array([0, 2])), np.array([0]), 0, width=1)
 
 
 # --- Real data ---

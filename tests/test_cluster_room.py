@@ -47,7 +47,7 @@ def test_a_demand_that_no_node_type_meets_is_refused_where_all_types_are_known()
     (problem,) = known.problems(resources(gpus=2))
     assert problem.place == "resources.gpus_per_worker"
     assert problem.rule.endswith("(2 x (8 CPUs, 1 GPUs) now; at most 10 x (8 CPUs, 1 GPUs))")
-    assert problem.found == "1 workers of 1 CPUs, 2 GPUs each"
+    assert problem.found == "1 worker of 1 CPUs, 2 GPUs each"
     (problem,) = known.problems(resources(workers=11))
     assert problem.place == "resources.workers"
     assert known.problems(resources(workers=10)) == []

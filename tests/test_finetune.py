@@ -40,13 +40,13 @@ def on_the_cpu() -> Iterator[None]:
     environment = dict(os.environ)
     os.environ |= {"TUNE_SERVICE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     import torch
-
-    from trainables import parallel
+    import torch.distributed as dist
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    parallel.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from trainables import Context, Report, learner, optimizer, parallel, products
+from trainables import Context, Report, learner, optimizer, products
 from trainables.finetune import Run, finetune
 from tune_service.demo import write_pairs, write_tokenizer
 
@@ -25,7 +26,8 @@ def on_the_cpu() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     learner._kept.clear()
-    parallel.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainables.batches import encode, pad, separate_pairs
+from trainables.batches import Encoded, encode, separate_pairs
 from trainables.config import DataConfig, ModelConfig
 from trainables.data import read_texts
 from trainables.errors import ModelError, Problem
 from trainables.model import build_model, check_max_length, load_tokenizer
+from trainables.steps import DeviceRows
 
 WORDS = ("apple", "bread", "cheese", "dates", "eggs", "figs")
 LABELS = ("no", "yes", "maybe")
@@ -106,9 +107,13 @@ def saved(family: str, make: MakeFolder, target: Path) -> Path:
     return target
 
 
-def logits(network: PreTrainedModel, batch: dict[str, np.ndarray]) -> torch.Tensor:
+def pad(encoded: Encoded, rows: Sequence[int], pad_token_id: int, width: int) -> dict[str, torch.Tensor]:
+    return DeviceRows(encoded, pad_token_id, torch.device("cpu")).inputs(torch.tensor(rows), width)
+
+
+def logits(network: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = network(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits
+        result: torch.Tensor = network(**batch).logits
     return result
 
 
@@ -125,9 +130,9 @@ def problems_of(model: ModelConfig) -> list[Problem]:
 def test_a_batch_gives_the_logits_of_its_rows_one_by_one(family: str, tokenizer_folder: MakeFolder) -> None:
     network, tokenizer = opened(scratch(tokenizer_folder(family)))
     encoded = encode(tokenizer, TEXTS, 64)
-    whole = logits(network, pad(encoded, np.arange(3), tokenizer.pad_token_id, 48))
+    whole = logits(network, pad(encoded, range(3), tokenizer.pad_token_id, 48))
     for row in range(3):
-        alone = pad(encoded, np.array([row]), tokenizer.pad_token_id, int(encoded.lengths[row]))
+        alone = pad(encoded, [row], tokenizer.pad_token_id, int(encoded.lengths[row]))
         torch.testing.assert_close(logits(network, alone)[0], whole[row], rtol=1e-4, atol=1e-4)
 
 
@@ -135,14 +140,14 @@ def test_a_batch_gives_the_logits_of_its_rows_one_by_one(family: str, tokenizer_
 def test_wider_padding_changes_no_logits(family: str, tokenizer_folder: MakeFolder) -> None:
     network, tokenizer = opened(scratch(tokenizer_folder(family)))
     encoded = encode(tokenizer, TEXTS, 64)
-    narrow, wide = (logits(network, pad(encoded, np.arange(3), tokenizer.pad_token_id, width)) for width in (48, 60))
+    narrow, wide = (logits(network, pad(encoded, range(3), tokenizer.pad_token_id, width)) for width in (48, 60))
     torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-4)
 
 
 @FAMILIES
 def test_the_padding_tokens_own_embedding_changes_no_logits(family: str, tokenizer_folder: MakeFolder) -> None:
     network, tokenizer = opened(scratch(tokenizer_folder(family)))
-    batch = pad(encode(tokenizer, TEXTS, 64), np.arange(3), tokenizer.pad_token_id, 48)
+    batch = pad(encode(tokenizer, TEXTS, 64), range(3), tokenizer.pad_token_id, 48)
     before = logits(network, batch)
     with torch.no_grad():
         network.get_input_embeddings().weight[tokenizer.pad_token_id] += 10.0
@@ -153,9 +158,9 @@ def test_the_padding_tokens_own_embedding_changes_no_logits(family: str, tokeniz
 def test_the_last_real_token_changes_the_logits(family: str, tokenizer_folder: MakeFolder) -> None:
     network, tokenizer = opened(scratch(tokenizer_folder(family)))
     encoded = encode(tokenizer, TEXTS, 64)
-    batch = pad(encoded, np.arange(3), tokenizer.pad_token_id, 48)
+    batch = pad(encoded, range(3), tokenizer.pad_token_id, 48)
     before = logits(network, batch)
-    batch["input_ids"][np.arange(3), encoded.lengths - 1] = encoded.ids[1]
+    batch["input_ids"][range(3), torch.from_numpy(encoded.lengths - 1)] = int(encoded.ids[1])
     assert (logits(network, batch) - before).abs().amax(dim=1).min() > 1e-3
 
 
@@ -163,10 +168,9 @@ def test_the_last_real_token_changes_the_logits(family: str, tokenizer_folder: M
 def test_a_decoders_logits_are_its_head_over_the_last_real_token(family: str, tokenizer_folder: MakeFolder) -> None:
     network, tokenizer = opened(scratch(tokenizer_folder(family)))
     encoded = encode(tokenizer, TEXTS, 64)
-    batch = pad(encoded, np.arange(3), tokenizer.pad_token_id, 48)
-    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    batch = pad(encoded, range(3), tokenizer.pad_token_id, 48)
     with torch.no_grad():
-        states = network.base_model(**tensors).last_hidden_state
+        states = network.base_model(**batch).last_hidden_state
         expected = network.score(states[torch.arange(3), torch.from_numpy(encoded.lengths - 1)])
     torch.testing.assert_close(logits(network, batch), expected)
 
@@ -176,7 +180,7 @@ def test_a_text_that_ends_with_the_end_of_text_token_is_read_to_its_end(tokenize
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
     encoded = encode(tokenizer, [("apple",), ("apple </s>",)], 64)
     assert encoded.lengths.tolist() == [2, 3]
-    short, long = logits(network, pad(encoded, np.arange(2), tokenizer.pad_token_id, 8))
+    short, long = logits(network, pad(encoded, range(2), tokenizer.pad_token_id, 8))
     assert (short - long).abs().max() > 1e-3
 
 
@@ -203,7 +207,7 @@ def test_an_exported_tokenizer_gives_the_rows_that_were_trained_on(
     exported = AutoTokenizer.from_pretrained(tmp_path)
     pairs = [("apple bread", "figs"), ("apple bread " * 5, "figs bread"), ("apple", "")]
     for texts in [*pairs, ("figs",), ("apple bread " * 5,)]:
-        trained = encode(tokenizer, [texts], 8).row(0)
+        trained = list(encode(tokenizer, [texts], 8).ids)
         assert exported(*([text] for text in texts), truncation=True)["input_ids"] == [trained]
         assert trained.count(tokenizer.sep_token_id) == len(texts) - 1 + (family == "bert")
 
@@ -219,7 +223,7 @@ def test_a_tokenizer_whose_class_puts_its_own_template_back_is_exported_as_a_pla
     tokenizer = load_tokenizer(ModelConfig(name=str(tmp_path / "neox"), from_scratch=True))
     tokenizer.save_pretrained(tmp_path / "exported")
     exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    trained = encode(tokenizer, [("apple", "figs")], 32).row(0)
+    trained = list(encode(tokenizer, [("apple", "figs")], 32).ids)
     assert exported("apple", "figs")["input_ids"] == trained
     assert trained.count(tokenizer.sep_token_id) == 1
     assert (exported.pad_token, exported.sep_token) == (tokenizer.pad_token, tokenizer.sep_token)
@@ -254,7 +258,7 @@ def test_berts_tokenizer_stays_as_it_is(tokenizer_folder: MakeFolder) -> None:
 
 def test_bert_pairs_have_token_types_0_and_1(tokenizer_folder: MakeFolder) -> None:
     tokenizer = load_tokenizer(scratch(tokenizer_folder("bert")))
-    batch = pad(encode(tokenizer, [("apple bread", "figs")], 16), np.array([0]), 0, 8)
+    batch = pad(encode(tokenizer, [("apple bread", "figs")], 16), [0], 0, 8)
     assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == [
         *("[CLS]", "apple", "bread", "[SEP]", "figs", "[SEP]", "[PAD]", "[PAD]")
     ]
@@ -279,7 +283,7 @@ def test_labels_become_the_heads_size_and_names(family: str, tokenizer_folder: M
 @FAMILIES
 def test_no_labels_make_a_regression_of_one_number(family: str, tokenizer_folder: MakeFolder) -> None:
     network, tokenizer = opened(scratch(tokenizer_folder(family)), labels=())
-    batch = pad(encode(tokenizer, TEXTS, 64), np.arange(3), tokenizer.pad_token_id, 48)
+    batch = pad(encode(tokenizer, TEXTS, 64), range(3), tokenizer.pad_token_id, 48)
     assert logits(network, batch).shape == (3, 1)
     assert network.config.problem_type == "regression"
 
@@ -311,7 +315,7 @@ def test_a_saved_model_comes_back_with_equal_logits_and_its_tokenizer(
     network.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("*.bin"))
-    batch = pad(encode(tokenizer, TEXTS, 64), np.arange(3), tokenizer.pad_token_id, 48)
+    batch = pad(encode(tokenizer, TEXTS, 64), range(3), tokenizer.pad_token_id, 48)
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     torch.testing.assert_close(logits(plain, batch), logits(network, batch), rtol=0, atol=0)
@@ -376,7 +380,7 @@ def test_sizes_that_follow_from_others_follow_the_overrides(tokenizer_folder: Ma
 def test_dropout_is_one_word_for_every_family(family: str, names: set[str], tokenizer_folder: MakeFolder) -> None:
     network, tokenizer = opened(scratch(tokenizer_folder(family), dropout=0.0))
     assert {getattr(network.config, name) for name in names} == {0.0}
-    batch = pad(encode(tokenizer, TEXTS, 64), np.arange(3), tokenizer.pad_token_id, 48)
+    batch = pad(encode(tokenizer, TEXTS, 64), range(3), tokenizer.pad_token_id, 48)
     network.train()
     torch.testing.assert_close(logits(network, batch), logits(network, batch))
 
@@ -475,8 +479,8 @@ def test_real_models_open_and_read_mrpc_rows_the_same_in_any_batch(
     assert network.config.vocab_size == network.get_input_embeddings().num_embeddings == vocabulary
     texts = read_texts(DataConfig(task="mrpc", path=str(data_dir / "glue" / "mrpc"))).splits["validation"].texts[:2]
     encoded = encode(tokenizer, texts, 128)
-    whole = logits(network, pad(encoded, np.arange(2), tokenizer.pad_token_id, int(encoded.lengths.max()) + 8))
-    alone = pad(encoded, np.array([0]), tokenizer.pad_token_id, int(encoded.lengths[0]))
+    whole = logits(network, pad(encoded, range(2), tokenizer.pad_token_id, int(encoded.lengths.max()) + 8))
+    alone = pad(encoded, [0], tokenizer.pad_token_id, int(encoded.lengths[0]))
     torch.testing.assert_close(logits(network, alone)[0], whole[0], rtol=1e-3, atol=1e-4)
 
 

@@ -323,7 +323,7 @@ def test_a_check_of_a_new_database_leaves_nothing_in_it(postgres: Server, url: s
     assert found.ok and found.found.startswith("PostgreSQL ") and f"at {url} can be written; 0 studies" in found.found
     assert postgres.sql(url.rpartition("/")[2], "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(0,)]
     HandDriven(tmp_path / "made", record=url)
-    assert check_of(url, tmp_path).found.endswith("; 1 studies in it")
+    assert check_of(url, tmp_path).found.endswith("; 1 study in it")
     assert rows(postgres, url)["studies"] == 1
 
 

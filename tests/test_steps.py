@@ -6,24 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from trainables.batches import Encoded, pad
+from trainables.batches import Encoded
 from trainables.errors import ModelError
 from trainables.steps import DeviceRows, Graphs
 
 
 @pytest.mark.parametrize("has_types", [False, True])
-def test_a_batch_cut_on_the_device_is_the_one_that_numpy_pads(has_types: bool) -> None:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 12, size=30)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = rng.integers(1, 100, size=offsets[-1]).astype(np.int32)
-    types = rng.integers(0, 2, size=offsets[-1]).astype(np.int32) if has_types else None
-    encoded = Encoded(ids, offsets, types)
-    rows = np.array([29, 3, 3, 0, 17])
-    expected = pad(encoded, rows, pad_id=77, width=16)
-    found = DeviceRows(encoded, 77, torch.device("cpu")).inputs(torch.from_numpy(rows), 16)
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {k: v.tolist() for k, v in expected.items()}
-    assert {tensor.dtype for tensor in found.values()} == {torch.int64}
+def test_a_batch_is_padded_on_the_right_and_masked(has_types: bool) -> None:
+    types = np.array([1, 0, 1, 1], dtype=np.int32) if has_types else None
+    encoded = Encoded(ids=np.array([5, 6, 7, 8], dtype=np.int32), offsets=np.array([0, 1, 4]), token_type_ids=types)
+    rows = DeviceRows(encoded, pad_token_id=9, device=torch.device("cpu"))
+    batch = rows.inputs(torch.tensor([1, 0, 1]), width=4)
+    expected = {
+        "input_ids": [[6, 7, 8, 9], [5, 9, 9, 9], [6, 7, 8, 9]],
+        "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 0]],
+    }
+    if has_types:
+        expected["token_type_ids"] = [[0, 1, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0]]
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
 def test_without_graphs_every_run_is_a_run() -> None:

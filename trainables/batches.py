@@ -43,9 +43,6 @@ class Encoded:
         """Tokens of each row, at least 1."""
         return np.diff(self.offsets)
 
-    def row(self, index: int) -> list[int]:
-        return [int(token) for token in self.ids[self.offsets[index] : self.offsets[index + 1]]]
-
 
 def separate_pairs(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Has `tokenizer(a, b)` put its separator between two texts. Whether it did not do so by itself, as BERT's does.
@@ -140,24 +137,9 @@ def eval_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def bucket_width(max_len: int, max_length: int, step: int = 8) -> int:
+WIDTH_STEP = 8
+
+
+def bucket_width(max_len: int, max_length: int) -> int:
     """The width a batch is padded to: few different ones, since each costs a compiled step or new kernels."""
-    return min(-(-max_len // step) * step, max_length)
-
-
-def pad(encoded: Encoded, rows: np.ndarray, pad_id: int, width: int) -> dict[str, np.ndarray]:
-    """One batch as int64 arrays (rows, width), padded on the right."""
-    starts = encoded.offsets[rows]
-    lengths = encoded.offsets[rows + 1] - starts  # not encoded.lengths, which looks at every row
-    assert lengths.max() <= width, "a batch is at least as wide as its longest row"
-    positions = np.arange(width)
-    real = positions < lengths[:, None]
-    # Positions beyond a row's end point at its first token, which the mask then replaces.
-    index = starts[:, None] + np.where(real, positions, 0)
-    batch = {
-        "input_ids": np.where(real, encoded.ids[index], pad_id).astype(np.int64),
-        "attention_mask": real.astype(np.int64),
-    }
-    if encoded.token_type_ids is not None:
-        batch["token_type_ids"] = np.where(real, encoded.token_type_ids[index], 0).astype(np.int64)
-    return batch
+    return min(-(-max_len // WIDTH_STEP) * WIDTH_STEP, max_length)

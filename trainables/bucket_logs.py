@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trainables.bucket import Bucket, is_url
 from trainables.far import own_files
+from trainables.log_names import prefix_of
 
 PAUSE_S = 5.0
 
@@ -19,7 +20,7 @@ class TrialLogs:
     """Where the ranks of one trial write. For a study in a folder that is the study's own."""
 
     def __init__(self, where: str, trial: int) -> None:
-        self._where, self._prefix = where, f"trial-{trial:05d}-"
+        self._where, self._prefix = where, prefix_of(trial)
         self._bucket = Bucket.open(where) if is_url(where) else None
         self._folder: Path | None = None
         self._sizes: dict[str, int] = {}

@@ -1,6 +1,6 @@
 """Checkpoints on a local file system: a folder that is whole or absent, with a manifest of what belongs to it.
 
-The only file that knows where a checkpoint lies. Nothing in a checkpoint is a pickle.
+Where one lies only this file knows, and for buckets `bucket_checkpoints.py`. Nothing in a checkpoint is a pickle.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class DataConfig(Settings):
 
 class TrainingConfig(Settings):
     max_epochs: PositiveInt = 9
+    """Of a trial that nobody stops."""
     batch_size: PositiveInt = 32
     """Rows of one optimizer step, over all ranks."""
     micro_batch_size: PositiveInt | None = None
@@ -53,10 +54,13 @@ class TrainingConfig(Settings):
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of all steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Of the learning rate, after the warm-up; the first two end at 0."""
     max_grad_norm: PositiveFloat | None = 1.0
     """null: no clipping."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast; weights and optimizer state stay fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Of new weights, the order of rows and dropout; the same for all trials unless the search space names it."""
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_word)] = "auto"
     """How steps are made ready on a GPU. off: not at all. auto: as CUDA graphs of torch's own kernels, which costs a
     second. on: as CUDA graphs of kernels compiled for the model, which costs 20 s for every new model and dropout.

@@ -99,12 +99,6 @@ def _store(rank: int, world_size: int, host: str) -> TCPStore:
     )
 
 
-def leave() -> None:
-    """Leaves the process group, if this process is in one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 class Parallel:
     """A model and its optimizer, boosted by TorchDDPPlugin over the process group that `launch` joined.
 

@@ -41,7 +41,7 @@ class Context:
     seed: int = 42
     max_epochs: int = 9
     settings: dict[str, Any] = field(default_factory=dict)
-    """The spec's `model` and `data` sections for `finetune`; empty for a trainable of the user's own."""
+    """The spec's `model`, `data` and `training` sections for `finetune`; empty for a trainable of the user's own."""
 
 
 Trainable = Callable[[Context], Iterator[Report]]

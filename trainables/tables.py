@@ -18,6 +18,7 @@ from trainables.glue import TASKS, Task
 from trainables.model_files import HUB_TIMEOUT_S
 
 HUB_NAME = "nyu-mll/glue"
+MOST_SHOWN = 20
 
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)  # UnicodeError and JSONDecodeError are ValueErrors
 
@@ -164,7 +165,7 @@ def check_reachable(config: DataConfig) -> list[Problem]:
     return []
 
 
-def some(values: Sequence[object], most: int = 20) -> str:
+def some(values: Sequence[object]) -> str:
     """The values for a message, without flooding it."""
-    shown = ", ".join(str(value)[:80] for value in values[:most])
-    return f"{shown}, and {len(values) - most} more" if len(values) > most else shown
+    shown = ", ".join(str(value)[:80] for value in values[:MOST_SHOWN])
+    return f"{shown}, and {len(values) - MOST_SHOWN} more" if len(values) > MOST_SHOWN else shown

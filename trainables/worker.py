@@ -27,6 +27,7 @@ from trainables.errors import (
     WorkerLostError,
     text_of,
 )
+from trainables.log_names import log_name
 from trainables.memory import gpu_memory_share, is_out_of_memory
 from trainables.redaction import redacted
 from trainables.report import Context, Report, Trainable
@@ -70,15 +71,15 @@ class Task:
     seed: int
     max_epochs: int
     logs: str
-    """Folder of the log files, one a trial and rank."""
+    """Folder or URL of the log files, one a trial and rank."""
     checkpoints: str
-    """Root of the study's checkpoint store."""
+    """Root, a folder or a URL, of the study's checkpoint store."""
     budget_bytes: int | None = None
     """Of all the study's checkpoints."""
     objective: tuple[str, str] = ("eval_accuracy", "max")
     """(metric, mode): the best epoch is saved, however seldom the others are."""
     lease: tuple[str, str] | None = None
-    """(path, token) of the driver's lock file: while that holds that token, this is the study's one driver's trial."""
+    """(path or URL, token) of the driver's lock: while that holds the token, this is the study's one driver's trial."""
     shrinks: bool = False
     """Out of memory, it is tried again with half the micro batch."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +88,7 @@ class Task:
     resume_from: str | None = None
 
     def log_file(self, rank: int) -> Path:
-        return Path(self.logs) / f"trial-{self.number:05d}-rank-{rank}.log"
+        return Path(self.logs) / log_name(self.number, rank)
 
 
 @dataclass(frozen=True)

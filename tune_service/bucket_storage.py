@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -19,9 +18,11 @@ from trainables.bucket import Bucket, at_once, get_tree, put_tree
 from trainables.bucket_checkpoints import BucketCheckpoints
 from trainables.errors import Problem
 from trainables.far import own_files, scratch_place
+from trainables.log_names import prefix_of
 from trainables.stores import generation_of
 from tune_service.bucket_lease import DELETED, BucketLease, is_held, taken
 from tune_service.errors import LeaseLostError, StorageError, StudyExistsError, StudyNotFoundError
+from tune_service.home import STUDY_NAME
 from tune_service.lease import Lease
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from tune_service.bucket_journal import BucketJournal
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 ALIVE_S = 1.0
 """For so long it is remembered whether a driver lives."""
 
@@ -149,7 +149,7 @@ class StudyBucket:
             own_files.remove()
 
     def rank_logs(self, trial: int | None = None) -> Sequence[BucketLog]:
-        prefix = "trial-" if trial is None else f"trial-{trial:05d}-"
+        prefix = prefix_of(trial)
         found = self._logs.objects()
         names = sorted(name for name in found if name.startswith(prefix) and name.endswith(".log") and "/" not in name)
         return [BucketLog(name, found[name].num_bytes, self._logs) for name in names]
@@ -240,12 +240,12 @@ class BucketStorage:
 
     def studies(self) -> list[StudyBucket]:
         self._bucket.check()
-        places = [self._study(name) for name in self._bucket.folders() if NAME.fullmatch(name)]
+        places = [self._study(name) for name in self._bucket.folders() if STUDY_NAME.fullmatch(name)]
         return [study for study in places if study.is_listed()]
 
     def study(self, name: str) -> StudyBucket:
         self._bucket.check()
-        if NAME.fullmatch(name) and (study := self._study(name)).exists():
+        if STUDY_NAME.fullmatch(name) and (study := self._study(name)).exists():
             return study
         raise StudyNotFoundError.among(name, self.where, [study.name for study in self.studies()])
 

@@ -19,15 +19,14 @@ from trainables.errors import Problem, UserError
 from trainables.glue import majority_baseline
 from trainables.model_files import check_config, check_model_files
 from trainables.stores import GIB
-from tune_service.errors import exit_code
+from tune_service.errors import SpecError, exit_code
 from tune_service.home import StudyStorage
-from tune_service.kept import least_bytes
+from tune_service.kept import least_bytes, most_at_once
 from tune_service.place import Room
 from tune_service.spec import StudySpec
 from tune_service.words import counted
 
 IMPORT_TIMEOUT_S = 120
-CHECKPOINTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,13 @@ def _model_problems(spec: StudySpec) -> list[Problem]:
 
 def problems_of(checks: Sequence[Check]) -> list[Problem]:
     return [problem for check in checks for problem in check.problems]
+
+
+def refuse_faulty(spec: StudySpec, storage: StudyStorage, room: Room) -> None:
+    """SpecError with all that `run_checks` finds wrong, before anything is written."""
+    problems = problems_of(run_checks(spec, storage, room))
+    if problems:
+        raise SpecError(problems)
 
 
 def baseline(spec: StudySpec) -> float | None:
@@ -129,12 +135,13 @@ def room_for_checkpoints(spec: StudySpec, storage: StudyStorage, each: int) -> s
 
     `each`: the bytes of one, as far as they are known.
     """
-    needed, budget = CHECKPOINTS_AT_ONCE * each, spec.checkpoints.budget_bytes
+    number = most_at_once(running=1, waiting=0)
+    needed, budget = number * each, spec.checkpoints.budget_bytes
     if needed > budget:
         raise UserError(
             Problem(
                 "checkpoints.budget_gib",
-                f"holds {CHECKPOINTS_AT_ONCE} checkpoints: a trial's last, its next, the best, the best that has ended",
+                f"holds {number} checkpoints: a trial's last, its next, the best, the best that has ended",
                 f"{spec.checkpoints.budget_gib:g}; one takes {each / GIB:.2g} GiB, optimizer state included",
                 f"at least {1.01 * needed / GIB:.2g}",
             )

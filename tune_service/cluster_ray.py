@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainables.far import own_files
 from tune_service.autoscaler import cluster_file, kinds_in, troubles
 from tune_service.cluster_room import ClusterRoom, demand, kinds_of
 from tune_service.fair_share import Claim, Claims, allowed
@@ -92,7 +92,7 @@ class ThisCluster:
 
     @contextmanager
     def session(self, spec: StudySpec, on_lost: Callable[[str], None]) -> Iterator[ClusterSession]:
-        scratch = Path(tempfile.mkdtemp(prefix="tune-"))
+        scratch = own_files.emptied("tune")
         root = spec.folder if self._came_with is not None else None
         if root is not None:
             os.chdir(root)  # the job's own copy of it is Ray's, to put anew or away

@@ -88,8 +88,8 @@ def demand(resources: ResourcesSpec) -> str:
 
 def kinds_of(nodes: Iterable[tuple[float, float]]) -> tuple[NodeKind, ...]:
     """(CPUs, GPUs) of each node, put together by kind."""
-    counted = Counter((int(cpus), int(gpus)) for cpus, gpus in nodes)
-    return tuple(NodeKind(cpus, gpus, count) for (cpus, gpus), count in sorted(counted.items()))
+    counts = Counter((int(cpus), int(gpus)) for cpus, gpus in nodes)
+    return tuple(NodeKind(cpus, gpus, count) for (cpus, gpus), count in sorted(counts.items()))
 
 
 def _ranks(kinds: Iterable[NodeKind], resources: ResourcesSpec, max_nodes: int | None = None) -> int:

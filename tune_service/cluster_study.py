@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tune_service.check import refuse_faulty
 from tune_service.cluster_ray import joined
 from tune_service.errors import exit_code
 from tune_service.home import StudyStorage
@@ -30,6 +31,7 @@ def run_here(storage: StudyStorage, answer: Answer) -> None:
     spec = parse_spec(json.loads((root / SPEC).read_text(encoding="utf-8")), root)
     storage.check_free(spec.name)
     with _display(spec.name, answer) as display, joined(spec.name, came_with=root) as place:
+        refuse_faulty(spec, storage, place.room)
         run_study(spec, storage, display, place)
 
 

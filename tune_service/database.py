@@ -71,11 +71,11 @@ def opened(url: str, make_tables: bool = False) -> RDBStorage:
     """A connection of its own to a database with Optuna's tables. RecordUnavailableError."""
     try:
         if not make_tables:
-            return RDBStorage(_full(url), _engine_settings(), skip_table_creation=True)
+            return RDBStorage(url, _engine_settings(), skip_table_creation=True)
         with _engine(url).begin() as connection:
             connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             connection.execute(_MAKING_TABLES)
-            return RDBStorage(_full(url), _engine_settings())
+            return RDBStorage(url, _engine_settings())
     except (*DATABASE_ERRORS, RuntimeError) as error:  # the latter when the tables are another version's
         raise refusal(url, error) from error
 
@@ -187,11 +187,7 @@ def refusal(url: str, error: BaseException) -> RecordUnavailableError:
 
 def _engine(url: str) -> sqlalchemy.Engine:
     """For one connection, which is closed after use."""
-    return sqlalchemy.create_engine(_full(url), **_engine_settings(), poolclass=sqlalchemy.NullPool)
-
-
-def _full(url: str) -> str:
-    return url.replace("postgresql:", "postgresql+psycopg:", 1)
+    return sqlalchemy.create_engine(url, **_engine_settings(), poolclass=sqlalchemy.NullPool)
 
 
 def _engine_settings() -> dict[str, Any]:

@@ -16,7 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trainables.errors import Problem
 from tune_service.best import export_best
+from tune_service.check import refuse_faulty
 from tune_service.errors import CommandError
+from tune_service.machine import this_machine
 from tune_service.spec import parse_spec
 from tune_service.status import Display, StudyStatus
 from tune_service.storage import Storage
@@ -50,7 +52,9 @@ def run_demo(storage: Storage, display: Display) -> DemoResult:
     inputs = storage.root / "demo-inputs"
     write_pairs(inputs / "data")
     write_tokenizer(inputs / "tokenizer")
-    status = run_study(parse_spec(demo_spec(inputs), inputs), storage, display)
+    spec = parse_spec(demo_spec(inputs), inputs)
+    refuse_faulty(spec, storage, this_machine())
+    status = run_study(spec, storage, display)
     if status.best is None:
         return DemoResult(status, "the demo has no best trial")
     out = storage.root / "demo-best"

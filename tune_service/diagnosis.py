@@ -19,6 +19,7 @@ from tune_service.words import counted
 
 FAILED = 1
 """The exit code of a check that failed for a reason that lies with the cluster; what lies with the spec has 2."""
+MOST_LISTED = 8
 SERVERS = ("gcs_server", "raylet")
 """Programs of Ray's that live as long as their node."""
 TOKEN_ADVICE = "RAY_AUTH_MODE=token in every start command, as `cluster init` writes it; then `ray up` again"
@@ -206,9 +207,9 @@ def is_public(address: str) -> bool:
         return False
 
 
-def _listed(some: Sequence[Port], most: int = 8) -> str:
-    shown = ", ".join(map(str, some[:most]))
-    return f"{shown} and {len(some) - most} more" if len(some) > most else shown
+def _listed(some: Sequence[Port]) -> str:
+    shown = ", ".join(map(str, some[:MOST_LISTED]))
+    return f"{shown} and {len(some) - MOST_LISTED} more" if len(some) > MOST_LISTED else shown
 
 
 # Memory

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainables.errors import OutOfMemoryError, TrialError
+from trainables.far import own_files
 from trainables.worker import START_DEADLINE_S, Task
 from tune_service import diagnosis
 from tune_service.check import Check
@@ -36,7 +36,7 @@ def try_trial(
     from trainables.worker_group import RayWorkerGroup, StepDeadline
 
     resources = spec.resources
-    scratch = Path(tempfile.mkdtemp(prefix="tune-check-"))
+    scratch = own_files.emptied("check")
     shape = (resources.workers, resources.cpus_per_worker, resources.gpu_share)
     ranks = RayWorkerGroup(f"{spec.name} check", *shape, group, StepDeadline(START_DEADLINE_S))
     name = TRIED[0]

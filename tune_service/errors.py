@@ -19,7 +19,7 @@ class StudyNotFoundError(UserError):
     def among(cls, name: str, storage: object, known: Iterable[str]) -> Self:
         """`known`: the studies that are there."""
         names = ", ".join(known)
-        expected = f"one of: {names}" if names else "no study is there yet"
+        expected = f"one of: {names}" if names else "no study yet: `tune-service run` makes one"
         return cls(Problem("STUDY", f"is a study of the storage {storage}", repr(name), expected))
 
 

@@ -33,7 +33,7 @@ from tune_service.views import ViewNews
 ANSWER_S = 60.0
 FETCH_S = 2 * 3600.0
 """How long an export waits to be fetched."""
-DEFAULT_STORAGE = "~/tune-studies"
+DEFAULT_STORAGE = "~/studies"
 
 
 class Answer:

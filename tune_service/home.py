@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from tune_service.postgres import Database
 
     RecordStorage = StudyJournal | Database
+
+
+STUDY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 class LogFile(Protocol):

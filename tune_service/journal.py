@@ -1,4 +1,4 @@
-"""The journal file of a record: Optuna's, with a lock that a killed process lets go of, and a report in one append."""
+"""The journal of a record, and its file: Optuna's, with a lock that dies with its process, a report in one append."""
 
 from __future__ import annotations
 

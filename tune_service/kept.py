@@ -46,6 +46,15 @@ def least_bytes(spec: StudySpec) -> int:
         return 0
 
 
+def most_at_once(running: int, waiting: int) -> int:
+    """Checkpoints that lie there at one moment, at most.
+
+    A running trial keeps its last while it writes the next, a waiting one its last; and the best, of all and of those
+    that have ended, stay.
+    """
+    return 2 * running + waiting + 2
+
+
 class KeptCheckpoints:
     """The checkpoints of one study under its driver."""
 
@@ -104,14 +113,11 @@ class KeptCheckpoints:
 
     @property
     def has_room(self) -> bool:
-        """Whether the budget lets one more trial run beside those that do.
-
-        Each keeps its last checkpoint while it writes the next one, a waiting one its last; and the best stay.
-        """
+        """Whether the budget lets one more trial run beside those that do."""
         waiting = sum(
             trial.end is None and bool(trial.sizes) for number, trial in self._trials.items() if number not in self.out
         )
-        needed = 2 * (len(self.out) + 1) + waiting + 2
+        needed = most_at_once(len(self.out) + 1, waiting)
         most = min(self._most_out.values(), default=math.inf)
         return not self.out or (len(self.out) < most and needed * self._next_bytes <= self._budget_bytes)
 

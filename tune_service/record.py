@@ -1,4 +1,4 @@
-"""The one record of a study: an Optuna study in a journal file. Everything else is a view of it.
+"""The one record of a study: an Optuna study in a journal or a database. Everything else is a view of it.
 
 Optuna's trial states serve as they are. A trial that has a number but no end is RUNNING under a driver, and WAITING
 when it waits to be started or, stopped with the study, to go on: `study.ask` hands waiting trials out first. Only the

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainables.errors import Problem, UserError
+from trainables.log_names import trial_of
 from tune_service import __version__
 from tune_service.dashboard import Dashboard, DashboardError, Job
 from tune_service.errors import CommandError, RemoteError, StudyExistsError, StudyRunningError
@@ -25,7 +26,7 @@ from tune_service.frames import decode, newest
 from tune_service.handover import fetch
 from tune_service.status import BestTrial, Display, StudyStatus, StudyView
 from tune_service.storage import check_out
-from tune_service.studies import LogPiece, StudyRow, is_in, trial_of
+from tune_service.studies import LogPiece, StudyRow, is_in
 from tune_service.views import FarStudy, status_of
 
 QUESTION = "question"

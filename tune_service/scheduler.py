@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count, takewhile
 
 from tune_service.status import TrialStatus
@@ -60,6 +61,6 @@ class Asha:
             return None
         return f"asha: epoch {epoch}, rank {rank} of {len(at_rung)}"
 
-    @property
+    @cached_property
     def _rungs(self) -> list[int]:
         return rungs(self.grace_period, self.reduction_factor, self.max_epochs)

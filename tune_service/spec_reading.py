@@ -16,6 +16,7 @@ from search_spaces.domains import EXAMPLES
 from trainables.config import DataConfig, ModelConfig, Settings, TrainingConfig
 from trainables.errors import Problem
 from trainables.glue import default_metric
+from tune_service.home import STUDY_NAME
 from tune_service.record_url import fault_of
 from tune_service.spec_draft import Draft, nearest, show
 from tune_service.spec_sections import (
@@ -34,7 +35,6 @@ from tune_service.spec_sections import (
     StudySpec,
 )
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 _SECTIONS: Mapping[str, type[Settings]] = {
@@ -278,7 +278,7 @@ def _read_domains(draft: Draft, raw: Mapping[Any, Any], is_finetune: bool) -> di
 
 def name_problem(name: object, place: str = "name") -> Problem | None:
     """What is wrong with a study's name; None when it is one."""
-    if isinstance(name, str) and _NAME.fullmatch(name):
+    if isinstance(name, str) and STUDY_NAME.fullmatch(name):
         return None
     slug = re.sub(r"[^a-z0-9._-]+", "-", str(name or "").lower()).lstrip("._-")[:63] or "mrpc-gpt2"
     rule = "a study's name has 1 to 63 of the characters a-z 0-9 . _ - and begins with a letter or a digit"

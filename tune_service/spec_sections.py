@@ -37,6 +37,7 @@ class SamplerSpec(Settings):
     name: Literal["tpe", "random", "grid"] = "tpe"
     """How the next parameters are chosen. grid needs finite domains."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The same seed suggests the same parameters, where results are the same and come in the same order."""
 
 
 class SchedulerSpec(Settings):
@@ -71,6 +72,7 @@ class ResourcesSpec(Settings):
     """0: gloo on CPU. A fraction shares a GPU between trials of one worker. auto: they share it too, and the study
     finds out how many by memory and throughput; on this machine alone."""
     cpus_per_worker: PositiveFloat = 1.0
+    """CPUs of one rank, and so its threads."""
 
     @property
     def finds_share(self) -> bool:
@@ -99,8 +101,10 @@ class CheckpointSpec(Settings):
 
 class FaultSpec(Settings):
     restarts_per_trial: NonNegativeInt = 2
+    """So often a trial is started again for a fault of its own, before it counts as failed."""
     step_timeout_s: PositiveFloat | None = None
-    """Longest wait for one epoch's report. null: 5 times the slowest epoch so far, at least 60 s; first one 15 min."""
+    """Longest wait for one epoch's report, or one checkpoint. null: 5 times the slowest so far, at least 60 s; for the
+    first one 15 min."""
     same_error_limit: PositiveInt = 3
     """So many trials that fail alike end the study."""
     on_oom: Literal["fail", "shrink"] = "fail"

@@ -40,7 +40,7 @@ class TrialStatus(_Status):
     number: int
     state: TrialState
     reason: str | None = None
-    """Why the trial ended early; None for a trial that did not."""
+    """Why the trial ended early, or waits; None for one that does neither."""
     params: dict[str, Any]
     reports: tuple[EpochReport, ...] = ()
     checkpoint: CheckpointStatus | None = None

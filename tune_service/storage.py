@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trainables.bucket import is_url
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import Problem
+from trainables.log_names import prefix_of
 from tune_service.errors import (
     OutputNotEmptyError,
     RecordUnavailableError,
@@ -96,7 +97,7 @@ class StudyFolder:
         return str(self.pointer if self.pointer.exists() else self.journal)
 
     def rank_logs(self, trial: int | None = None) -> list[FileLog]:
-        paths = sorted(self.logs.glob("*.log" if trial is None else f"trial-{trial:05d}-*.log"))
+        paths = sorted(self.logs.glob(f"{prefix_of(trial)}*.log"))
         return [FileLog(path) for path in paths]
 
     def driver_is_alive(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainables.errors import Problem, UserError
+from trainables.log_names import trial_of
 from tune_service.errors import RecordUnavailableError, StorageError
 from tune_service.home import StudyHome, StudyStorage
 from tune_service.status import BestTrial, Display, StudyState, StudyStatus, StudyView
@@ -167,11 +168,6 @@ def _check_trial(folder: StudyHome, trial: int) -> None:
     if not 0 <= trial < number:
         expected = f"0 to {number - 1}" if number else "a study that has begun"
         raise UserError(Problem("--trial", f"is a trial of {folder.name}", str(trial), expected))
-
-
-def trial_of(file: str) -> int:
-    """The trial that a rank's log is of, by its name."""
-    return int(file.split("-")[1])
 
 
 def to_ranges(numbers: Iterable[int]) -> list[list[int]]:

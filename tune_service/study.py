@@ -13,13 +13,12 @@ from typing import Any
 from search_spaces import SearchSpace
 from trainables.errors import BucketError, Problem, StorageUnavailableError, UserError
 from trainables.worker import storage_is_away
-from tune_service.check import baseline, problems_of, run_checks
+from tune_service.check import baseline, refuse_faulty
 from tune_service.errors import (
     CommandError,
     InterruptedCommandError,
     LeaseLostError,
     RecordUnavailableError,
-    SpecError,
     StorageError,
     StudyHaltedError,
     StudyRunningError,
@@ -38,14 +37,11 @@ STOP_PATIENCE_S = 3600.0
 
 
 def run_study(spec: StudySpec, storage: StudyStorage, display: Display, place: Place | None = None) -> StudyStatus:
-    """Checks everything, then runs a new study to its end. SpecError with all faults, before anything is written.
+    """Runs a new study to its end, of a spec that `refuse_faulty` let pass.
 
     Its trials run at `place`; without one, on this machine.
     """
     place = place or ThisMachine()
-    problems = problems_of(run_checks(spec, storage, place.room))
-    if problems:
-        raise SpecError(problems)
     majority = baseline(spec)
     folder = storage.create(spec.name)
     with ExitStack() as driving:
@@ -79,9 +75,7 @@ def resume_study(
     place = place or ThisMachine()
     folder = storage.study(name)
     spec = place.found_again(stored_spec(Record.open(folder)), folder)
-    problems = problems_of(run_checks(spec, storage, place.room))
-    if problems:
-        raise SpecError(problems)
+    refuse_faulty(spec, storage, place.room)
     with folder.driving(display.tell) as lease, lease.beating(_abort_of(name, place, display)):
         record = Record.open(folder, _sampler(spec), lease)
         if trials is not None:

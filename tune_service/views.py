@@ -69,8 +69,7 @@ class FarStudy:
                 self._trials.append(trial)
             elif self._trials[number] != trial:  # one that is as it was stays the same object
                 self._trials[number] = trial
-        rest = StudyStatus.model_validate_json(json.dumps(document["status"] | {"notice": document["notice"]}))
-        return FarView(rest.model_copy(update={"trials": tuple(self._trials)}), document)
+        return FarView(status_of(document).model_copy(update={"trials": tuple(self._trials)}), document)
 
 
 class FarView:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from trainables import Context
-from trainables.batches import Encoded, encode, pad
+from trainables.batches import Encoded, encode
 from trainables.config import DataConfig, FinetuneConfig
 from trainables.data import read_texts
 from trainables.model import load_tokenizer
@@ -97,8 +97,9 @@ def plain_loop(
         data, labels = splits[split]
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            arrays = pad(data, chosen, tokenizer.pad_token_id, width or int(data.lengths[chosen].max()))
-            inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+            texts = [data.ids[data.offsets[row] : data.offsets[row + 1]] for row in chosen]
+            padding = {"padding": "max_length", "max_length": width} if width else {"padding": True}
+            inputs = tokenizer.pad({"input_ids": texts}, return_tensors="pt", **padding).to(device)
             yield inputs, torch.from_numpy(labels[chosen]).to(device)
 
     times = Times([], [], int(splits["train"][0].lengths.sum()))

@@ -155,7 +155,7 @@ def test_a_second_study_gets_its_share_while_the_first_has_trials_left(laptop: L
 def test_a_demand_that_no_node_meets_is_said_in_words(laptop: Laptop) -> None:
     spec = laptop.program.spec("giant", {"resources": {"gpus_per_worker": 8}})
     laptop.json("submit", spec)
-    words = "trials wait for nodes: a trial needs 1 workers of 0.25 CPUs, 8 GPUs each"
+    words = "trials wait for nodes: a trial needs 1 worker of 0.25 CPUs, 8 GPUs each"
 
     def is_said() -> bool:
         return words in laptop.run("status", "giant").out

@@ -69,7 +69,7 @@ def test_a_sound_spec_passes_and_one_trials_group_was_really_tried(
     # The largest of the space, not the spec's own.
     assert "with batch_size 32, max_length 32" in checks["step"]["found"]
     assert re.search(r"writes \d+ MB/s, synced, reads \d+ MB/s, [\d.]+ GiB free", checks["storage"]["found"])
-    assert "1 trials at once, 1 now" in checks["resources"]["found"]
+    assert "1 trial at once, 1 now" in checks["resources"]["found"]
     assert "96 if nothing stops" in checks["estimate"]["found"]
     assert re.match(r"\d+ refuse who shows no token, \d+ tell Ray's metrics", checks["ports"]["found"])
     assert sorted(cluster.storage.iterdir()) == before
@@ -99,7 +99,7 @@ def test_a_trial_too_big_for_any_node_is_told_and_nothing_is_tried(
     checks = doctor.checks(spec, code=2)
     assert failing(checks) == {"resources"}
     assert (
-        "a trial needs 1 workers of 64 CPUs each, the cluster has 1 x (2 CPUs, 0 GPUs)" in checks["resources"]["found"]
+        "a trial needs 1 worker of 64 CPUs each, the cluster has 1 x (2 CPUs, 0 GPUs)" in checks["resources"]["found"]
     )
     assert checks["step"]["found"] == "not looked at: no node up holds it"
 
