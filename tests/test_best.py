@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_driver import HandDriven
+from hand_driven import HandDriven
 
 from trainables.checkpoint import MANIFEST, CheckpointStore
 from trainables.errors import DamagedCheckpointError

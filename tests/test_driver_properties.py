@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hand_driven import HandDriven, optuna_trials
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from optuna.trial import TrialState as OptunaState
-from test_driver import HandDriven, optuna_trials
 
 from trainables.checkpoint import CheckpointStore, verify
 from trainables.stores import GIB

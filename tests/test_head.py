@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from test_driver import HandDriven
+from hand_driven import HandDriven
 
 from tune_service import __version__
 from tune_service.frames import decode

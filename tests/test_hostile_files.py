@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_driver import HandDriven
+from hand_driven import HandDriven
 
 from trainables.checkpoint import MANIFEST, CheckpointStore, Manifest, sha256, verify
 from trainables.errors import CheckpointError, UserError

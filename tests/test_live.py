@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hand_driven import ASHA, HandDriven
 from optuna.trial import FrozenTrial
 from rich.console import Console, RenderableType
-from test_driver import ASHA, HandDriven
 
 from tune_service.live import StudyDisplay, best_line, console, failure_lines, study_table
 from tune_service.output import print_status

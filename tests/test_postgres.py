@@ -13,9 +13,9 @@ from typing import Any
 import optuna
 import psycopg
 import pytest
+from hand_driven import ASHA, HandDriven, toy_spec
 from optuna.storages import RDBStorage
 from postgres_server import PASSWORD, Server
-from test_driver import ASHA, HandDriven, toy_spec
 
 from tune_service import database
 from tune_service import postgres as pg

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hand_driven import HandDriven, budget_of, optuna_trials
 from optuna.trial import TrialState as OptunaState
-from test_driver import HandDriven, budget_of, optuna_trials
 
 from trainables.checkpoint import MANIFEST
 from tune_service.errors import StorageError, exit_code

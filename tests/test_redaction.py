@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_driver import HandDriven
+from hand_driven import HandDriven
 
 from trainables.errors import Problem
 from trainables.redaction import names_secret, redacted, secret_places

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from hand_driven import HandDriven, play, play_in_pairs
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
-from test_driver import HandDriven, play, play_in_pairs
 
 from search_spaces import Choice, IntUniform, LogUniform, Uniform
 from search_spaces.domains import SearchSpace

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_driver import HandDriven
+from hand_driven import HandDriven
 
 from tune_service.status import Moment
 from tune_service.studies import is_in, to_ranges
