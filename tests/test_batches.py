@@ -96,6 +96,14 @@ def test_an_empty_text_still_has_a_token(kind: str, expected: str) -> None:
     assert tokens_of(kind, ("",), ("  ",)) == [expected, expected]
 
 
+def test_an_empty_text_has_a_type_for_its_token() -> None:
+    tokenizer = word_tokenizer("gpt2")
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    encoded = encode(tokenizer, [("a b",), ("",), ("c",)], 8)
+    assert encoded.token_type_ids is not None
+    assert (len(encoded.ids), encoded.token_type_ids.tolist()) == (4, [0, 0, 0, 0])
+
+
 def test_an_empty_pair_is_its_separator() -> None:
     assert tokens_of("gpt2", ("", "")) == ["[SEP]"]
 

@@ -126,6 +126,24 @@ def test_a_process_that_has_the_number_of_a_dead_one_is_not_taken_for_it(claims:
     assert not is_held(claims)
 
 
+def test_a_process_that_proc_does_not_show_is_not_taken_for_gone(
+    claims: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another user, where /proc is mounted with hidepid."""
+
+    def hidden(pid: int) -> None:
+        raise psutil.NoSuchProcess(pid)
+
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    write(claims, "000001-a.json")
+    monkeypatch.setattr(psutil, "Process", hidden)
+    assert not is_held(claims), "there is none"
+    monkeypatch.setattr(os, "kill", refused)
+    assert is_held(claims)
+
+
 def test_a_clock_that_is_set_anew_ends_no_driver(claims: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     with taken("toy", claims, 0, nobody):
         booted = psutil.boot_time()

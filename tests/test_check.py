@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_driver import toy_spec
+from hand_driven import toy_spec
 
 from trainables.errors import UserError
 from tune_service.check import Check, baseline, problems_of, run_checks
@@ -252,6 +252,12 @@ def test_a_trainable_beside_the_spec_is_imported_and_not_run(tmp_path: Path) -> 
     check = own(tmp_path, "sound", "def train(context):\n    raise SystemExit('ran')\n    yield\n")
     assert (check.ok, check.found) == (True, "sound:train")
     assert "sound" not in sys.modules
+
+
+def test_a_trainable_that_may_yield_nothing_is_told(tmp_path: Path) -> None:
+    check = own(tmp_path, "returning", "print('loading')\ndef train(context):\n    return []\n")
+    expected = "returning:train, which is no generator function itself: what it returns has to yield Reports"
+    assert (check.ok, check.found) == (True, expected)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_driver import toy_spec
+from hand_driven import toy_spec
 
 from trainables.stores import GIB
 from tune_service import doctor_nodes

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ray
-from test_driver import toy_spec
+from hand_driven import toy_spec
 
 from tune_service.cluster_room import ClusterRoom, kinds_of
 from tune_service.doctor import _Doctor

@@ -158,6 +158,16 @@ def test_epochs_that_are_trained_again_count_with_their_new_values_alone(tmp_pat
     assert study.folder.checkpoints.epochs(number) == [4]
 
 
+def test_half_a_checkpoint_of_a_lost_supervisor_takes_no_room(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 0})
+    lost, other = study.begin(), study.begin()
+    for number in (lost, other):
+        (study.folder.checkpoints.stage(number, 1) / "weights").write_bytes(b"w" * 70)
+    study.driver.supervisor_lost(lost, "killed")
+    assert study.trial(lost).state == "failed"
+    assert study.folder.checkpoints.total_bytes() == 70, "the other one is still being written"
+
+
 def test_trials_that_are_too_many_for_the_budget_wait_until_fewer_run(tmp_path: Path) -> None:
     """Nobody knows the size of the first checkpoint of a trainable of the user's own."""
     study = HandDriven(tmp_path, checkpoints=budget_of(500), budget={"trials": 4})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_driver import toy_spec
+from hand_driven import toy_spec
 
 from tune_service.estimate import estimate, expected_epochs, most_trials, too_long
 from tune_service.kept import BYTES_PER_PARAMETER

@@ -33,3 +33,5 @@ def test_reasons_are_alike_when_their_first_lines_differ_in_numbers_alone(failur
 
 def test_a_reason_is_told_by_its_first_line() -> None:
     assert first_line("rank 0 died\nLast lines of its log") == "rank 0 died"
+    assert first_line("\n  \nrank 0 died") == "rank 0 died"
+    assert first_line("") == ""

@@ -75,6 +75,19 @@ def test_what_a_killed_driver_left_is_ended_and_removed_by_the_next_study(root: 
         _end_processes_of(left)
 
 
+@pytest.mark.parametrize("of_others", ["a lock of theirs", "a pipe"])
+def test_nothing_else_in_the_temporary_folder_is_touched(root: Path, of_others: str) -> None:
+    """Others make folders of such names there, with a file of that name in them: uv's environments have one."""
+    other = root / "tune-notes123"
+    other.mkdir()
+    (other / "thesis.txt").write_text("kept")
+    (other / LOCK).touch() if of_others == "a lock of theirs" else os.mkfifo(other / LOCK)
+    (root / "tune-link1234").symlink_to(other)
+    with scratch_folder():
+        pass
+    assert (other / "thesis.txt").read_text() == "kept"
+
+
 def test_a_process_whose_number_another_one_had_before_is_ended_too(root: Path) -> None:
     """psutil, which remembers the other one, passes over it at its next look."""
     left = killed_owner(root)

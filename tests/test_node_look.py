@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from test_driver import toy_spec
+from hand_driven import toy_spec
 
 from tune_service import node_look
 from tune_service.node_look import METRICS, OPEN, OTHER, REFUSED, SILENT, UNKNOWN, probed, problems, source_digest

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_driver import toy_spec
+from hand_driven import toy_spec
 
 from tune_service.errors import SpecError, StorageError
 from tune_service.record_url import Pointer, fault_of

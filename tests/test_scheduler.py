@@ -86,8 +86,23 @@ def test_equals_share_a_rank() -> None:
 def test_between_rungs_nobody_is_stopped() -> None:
     scheduler = asha()
     for number, value in enumerate([0.9, 0.1]):
+        scheduler.add(number, 1, 0.5)
         scheduler.add(number, 2, value)
     assert scheduler.stop_reason(1, 2) is None
+
+
+def test_a_trial_that_reports_some_epochs_is_compared_at_its_first_report_from_a_rung_on() -> None:
+    scheduler = asha(max_epochs=10)  # rungs 1, 3, 9
+    for epoch in (2, 4, 6):
+        scheduler.add(0, epoch, 0.9)
+        scheduler.add(1, epoch, 0.8)
+    assert scheduler.stop_reason(1, 2) == "asha: epoch 2, rank 2 of 2"
+    assert scheduler.stop_reason(1, 4) == "asha: epoch 4, rank 2 of 2"
+    assert scheduler.stop_reason(1, 6) is None, "no rung lies between 4 and 6"
+    scheduler.add(2, 9, 0.1)
+    assert scheduler.stop_reason(2, 9) is None, "the others have not come to 9, the last rung on its way"
+    scheduler.add(1, 4, 1.0)
+    assert scheduler.stop_reason(1, 4) is None, "trained again it counts with its new value"
 
 
 def test_trials_are_compared_at_the_same_epoch_only() -> None:

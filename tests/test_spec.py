@@ -250,6 +250,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [
     (FINETUNE, {"faults/restarts_per_trial": -1}, "faults.restarts_per_trial", "-1", "0 or more"),
     (FINETUNE, {"record": "postgresql://x"}, "record", "postgresql://x", "null"),
     (FINETUNE, {"trainable": "module.function"}, "trainable", "module.function", "package.module:function"),
+    (OWN, {"trainable": "my_module.train"}, "trainable", "my_module.train", "package.module:function"),
     (OWN, {"search_space": "gpt2"}, "search_space", "gpt2", "a mapping such as"),
     (OWN, {"search_space": ...}, "search_space", "null", "a mapping such as"),
     (OWN, {"search_space/x": {"uniform": [1, 0]}}, "search_space.x", "[1, 0]", "{uniform:"),

@@ -72,6 +72,8 @@ def leads_elsewhere(context: Context) -> Iterator[Report]:
         (folder / "deep" / "manifest.json").write_text("{}")  # the folder's own alone is ours
         if "link" in context.params:
             (folder / "deep" / context.params["link"]).symlink_to("manifest.json")
+        if "pipe" in context.params:
+            os.mkfifo(folder / "deep" / context.params["pipe"])
         if "file" in context.params:
             (folder / context.params["file"]).write_text("{}")
 
@@ -402,6 +404,7 @@ def test_the_next_trial_of_one_epoch_has_time_for_its_checkpoint_too(task: Task)
     ("params", "found"),
     [
         ({"link": "last"}, "the link deep/last"),
+        ({"pipe": "first"}, "the pipe or device deep/first"),
         ({"file": "manifest.json"}, "a file manifest.json, which is the name of what lists them"),
         ({"file": "other.json"}, None),
     ],

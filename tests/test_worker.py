@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import math
 import os
 import pickle
+import random
+import re
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from trainables import Context, Report
 from trainables.errors import InputError, ModelError, Problem, StorageUnavailableError, TrainableError, TrialError
-from trainables.worker import LISTENER, LOG_LINES, RankReport, RankWorker, Task, log_tail, resolve
+from trainables.far import SCRATCH
+from trainables.rank_actor import RankActor
+from trainables.worker import LISTENER, LOG_LINES, RankReport, RankWorker, Task, log_tail, resolve, storage_is_away
 
 pytestmark = pytest.mark.usefixtures("as_a_rank")
 
@@ -260,6 +269,93 @@ def test_a_failed_save_is_a_failure_of_the_rank(begun: Callable[..., RankWorker]
         worker.save(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (asyncio.CancelledError(), "CancelledError"),
+        (GeneratorExit(), "GeneratorExit"),
+        (SystemExit(2), "SystemExit: 2"),
+        (type("Own", (BaseException,), {})("its words"), "Own: its words"),
+        (ValueError("\x1b[2J and \ud800"), r"ValueError: \x1b[2J and \ud800"),
+        (ValueError("x" * 3_000), f"ValueError: {'x' * 2_000}... (3000 characters)"),
+    ],
+    ids=["CancelledError", "GeneratorExit", "SystemExit", "a class of its own", "odd characters", "a long text"],
+)
+def test_whatever_a_trainable_raises_fails_its_trial_in_words_that_a_terminal_takes(
+    begun: Callable[..., RankWorker], task: Task, error: BaseException, said: str
+) -> None:
+    def train(context: Context) -> Iterator[Report]:
+        raise error
+        yield
+
+    with pytest.raises(TrialError) as raised:
+        begun(train).next_report()
+    assert str(raised.value) == f"rank 0 raised {said}"
+    assert type(error).__name__ in log(task), "its traceback is in the log"
+
+
+def test_a_process_that_ray_ends_is_no_failure_of_a_trial(begun: Callable[..., RankWorker]) -> None:
+    def train(context: Context) -> Iterator[Report]:
+        end = SystemExit(1)
+        end.is_ray_terminate = True  # type: ignore[attr-defined]  # as Ray marks its own
+        raise end
+        yield
+
+    with pytest.raises(SystemExit):
+        begun(train).next_report()
+
+
+def test_a_socket_that_is_not_connected_is_no_storage_that_is_away(begun: Callable[..., RankWorker]) -> None:
+    def train(context: Context) -> Iterator[Report]:
+        socket.socket().getpeername()
+        yield
+
+    with pytest.raises(TrialError) as raised:
+        begun(train).next_report()
+    assert type(raised.value) is TrialError
+    gone = OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/mnt/studies")
+    assert storage_is_away(gone), "a file system's server is gone"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "None"), ("0.5", "'0.5'"), ([1.0, 2.0], "[1.0, 2.0]"), (10**400, "1000")],
+    ids=["None", "text", "two numbers", "more than a float holds"],
+)
+def test_a_metric_that_is_no_number_is_named(begun: Callable[..., RankWorker], value: object, shown: str) -> None:
+    with pytest.raises(InputError, match=f"reports metrics that are numbers; found loss is {re.escape(shown)}"):
+        begun(lambda context: [Report(1, {"loss": value})]).next_report()  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("value", [numpy.float32(0.5), numpy.array(0.5), torch.tensor([0.5]), 1])
+def test_whatever_is_one_number_is_a_metric(begun: Callable[..., RankWorker], value: Any) -> None:
+    report = begun(lambda context: [Report(1, {"loss": value})]).next_report()
+    assert report is not None and report.metrics == {"loss": float(value)}
+
+
+def test_a_report_that_is_none_is_not_the_end(begun: Callable[..., RankWorker]) -> None:
+    with pytest.raises(InputError, match=r"yields trainables\.Report; found a NoneType"):
+        begun(lambda context: [None, Report(1, {})]).next_report()
+
+
+def test_a_model_is_saved_alone_only_where_a_whole_checkpoint_can_be(begun: Callable[..., RankWorker]) -> None:
+    with pytest.raises(InputError, match="found `save_model` without `save`"):
+        begun(lambda context: [Report(1, {}, save_model=lambda folder: None)]).next_report()
+
+
+def test_each_trial_of_a_process_draws_the_same_numbers(begun: Callable[..., RankWorker], task: Task) -> None:
+    def train(context: Context) -> Iterator[Report]:
+        drawn = {"python": random.random(), "numpy": numpy.random.random(), "torch": float(torch.rand(()))}
+        yield Report(1, drawn)
+
+    worker = begun(train)
+    first = worker.next_report()
+    worker.begin(task)
+    assert worker.next_report() == first
+    worker.begin(replace(task, seed=8))
+    assert worker.next_report() != first
+
+
 def test_ctrl_c_is_no_failure_of_a_trial(begun: Callable[..., RankWorker]) -> None:
     def train(context: Context) -> Iterator[Report]:
         raise KeyboardInterrupt
@@ -267,6 +363,34 @@ def test_ctrl_c_is_no_failure_of_a_trial(begun: Callable[..., RankWorker]) -> No
 
     with pytest.raises(KeyboardInterrupt):
         begun(train).next_report()
+
+
+# ---- what the dashboard shows of a log
+
+
+@pytest.mark.parametrize(
+    ("is_own_ray", "most", "expected"),
+    [
+        (False, 1000, "trial 3 rank 0 | rank 0 at epoch 1\ntrial 3 rank 0 | rank 0 at epoch 2\n"),
+        (False, 8, "trial 3 rank 0 | epoch 1\ntrial 3 rank 0 | epoch 2\n"),
+        (True, 1000, ""),
+    ],
+    ids=["a cluster's", "of very much the end", "none on one machine"],
+)
+def test_the_dashboard_has_a_copy_of_the_log_lines(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_own_ray: bool, most: int, expected: str
+) -> None:
+    monkeypatch.setattr("trainables.rank_actor.MOST_SHOWN_BYTES", most)
+    if is_own_ray:
+        monkeypatch.setenv(SCRATCH, str(tmp_path))
+    shown = os.open(tmp_path / "shown", os.O_CREAT | os.O_WRONLY)
+    os.dup2(shown, 1)
+    os.close(shown)
+    rank = RankActor(0, 1, uses_gpu=False)
+    rank.begin(task)
+    rank.next_report(), rank.next_report()
+    assert (tmp_path / "shown").read_text() == expected
+    assert log(task) == "rank 0 at epoch 1\nrank 0 at epoch 2\n"
 
 
 # ---- which trainable

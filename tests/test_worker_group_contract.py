@@ -190,6 +190,23 @@ def two(cluster: None) -> Iterator[RayWorkerGroup]:
         yield group
 
 
+def test_ranks_that_leave_a_trial_at_a_report_do_what_it_does_at_its_end(cluster: None, task: MakeTask) -> None:
+    with ray_group(workers=2) as group:
+        group.begin(task("tidies"))
+        group.next_report()
+        group.leave()
+    assert [task().log_file(rank).read_text() for rank in (0, 1)] == ["tidied\n", "tidied\n"]
+
+
+def test_ranks_that_train_are_not_waited_for(cluster: None, task: MakeTask) -> None:
+    with ray_group() as group:
+        group.begin(task("sleeps"))
+        group.go_on()
+        began = time.monotonic()
+        group.leave()
+        assert time.monotonic() - began < 1
+
+
 def test_two_ranks_run_as_one_stay_warm_and_are_gone_after_shutdown(
     two: RayWorkerGroup, task: MakeTask, tmp_path: Path
 ) -> None:

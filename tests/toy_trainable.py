@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -62,7 +61,19 @@ def dies(context: Context) -> Iterator[Report]:
 
 def exits(context: Context) -> Iterator[Report]:
     yield Report(1, {"score": 0.5})
-    sys.exit(3)
+    os._exit(3)
+
+
+def tidies(context: Context) -> Iterator[Report]:
+    try:
+        yield Report(1, {"score": 0.5})
+    finally:
+        print("tidied")
+
+
+def sleeps(context: Context) -> Iterator[Report]:
+    time.sleep(60)
+    yield Report(1, {"score": 0.5})
 
 
 def disagrees(context: Context) -> Iterator[Report]:

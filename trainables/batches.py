@@ -92,7 +92,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length
         encoded = tokenizer(*map(list, zip(*batch, strict=True)), truncation=True, max_length=max_length)
         rows = [row or [filler(tokenizer)] for row in encoded["input_ids"]]
         if "token_type_ids" in encoded:
-            types.append(_flat(encoded["token_type_ids"]))
+            types.append(_flat([row or [0] for row in encoded["token_type_ids"]]))
         ids.append(_flat(rows))
         lengths += map(len, rows)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

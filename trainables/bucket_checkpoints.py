@@ -183,6 +183,9 @@ class BucketCheckpoints(Checkpoints):
         own_files.emptied("staged")
         return manifest
 
+    def drop_unfinished(self, trial: int) -> None:
+        """Nothing: an upload counts with its manifest."""
+
     def discard(self, trial: int, epoch: int) -> None:
         upload, self._upload = self._upload, None
         with suppress(OSError):  # why there was no commit is what is to be told; a sweep finds the rest

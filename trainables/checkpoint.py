@@ -121,8 +121,7 @@ class CheckpointStore(Checkpoints):
 
     def stage(self, trial: int, epoch: int) -> Path:
         staging = self._staging(trial, epoch)
-        for leftover in staging.parent.glob(".staging-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self.drop_unfinished(trial)
         staging.mkdir(parents=True)
         return staging
 
@@ -192,6 +191,10 @@ class CheckpointStore(Checkpoints):
             for leftover in self.root.glob(f"trial-*/{pattern}"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
+    def drop_unfinished(self, trial: int) -> None:
+        for leftover in self.folder(trial, 0).parent.glob(".staging-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     def discard(self, trial: int, epoch: int) -> None:
         if self._holds_lease():
             shutil.rmtree(self._staging(trial, epoch), ignore_errors=True)
@@ -219,7 +222,8 @@ def check_written(folder: Path) -> None:
     """Looks at what a trainable saved, when all ranks have. InputError for what cannot be vouched for: of a link nobody
     could say what it leads to, and one name is the manifest's."""
     for path in folder.rglob("*"):
-        found = f"the link {path.relative_to(folder)}" if path.is_symlink() else None
+        kind = "link" if path.is_symlink() else None if path.is_dir() or path.is_file() else "pipe or device"
+        found = f"the {kind} {path.relative_to(folder)}" if kind else None
         if path == folder / MANIFEST:
             found = f"a file {MANIFEST}, which is the name of what lists them"
         if found is not None:

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 
 from trainables.redaction import redacted
 
+MOST_SAID = 2_000
+"""Characters of an exception's text, at most."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -39,6 +42,23 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except Exception:
         return ""
+
+
+def in_words(error: BaseException) -> str:
+    """The class and the text of an exception, without secrets: only what a terminal prints as it is, and not all of
+    what is very long."""
+    text = text_of(error)
+    shown = printed(redacted(text[: 4 * MOST_SAID]).strip())  # what is cut in two by the first cut, the second drops
+    if len(shown) > MOST_SAID:
+        shown = f"{shown[:MOST_SAID]}... ({len(text)} characters)"
+    return f"{type(error).__name__}{': ' if shown else ''}{shown}"
+
+
+def printed(text: str) -> str:
+    """With escapes in the place of control characters, and of what no encoding takes."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 class UserError(Exception):

@@ -7,20 +7,25 @@ for it. No Ray here: who carries the pieces is given as functions.
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 PIECE_BYTES = 8 * 1024**2
 SCRATCH = "TUNE_SERVICE_SCRATCH"
 """Names the scratch folder in the environment of every process of a Ray of a study's own."""
 _PREFIX = "tune-rank-"
+_OURS = b"tune-service\n"
+"""What a lock holds."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,7 @@ class FarFiles:
             for other in place.glob(f"{_PREFIX}*"):
                 _remove_unheld(other)
             new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
-            # Never closed: the kernel lets go of the lock when this process is gone, however it went.
-            fcntl.flock(os.open(new / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+            new_lock(new / "lock")  # never closed
             self._root = new.rename(place / new.name[1:])  # others see it only when it is held
             atexit.register(self._remove_at_exit, os.getpid())
         return self._root
@@ -143,8 +147,31 @@ def send(write: Callable[[str, bytes], None], folder: Path) -> None:
 
 def _remove_unheld(folder: Path) -> None:
     try:
-        with (folder / "lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with left_lock(folder / "lock"):
             shutil.rmtree(folder, ignore_errors=True)
     except OSError:  # it is held, or just being made
         return
+
+
+def new_lock(path: Path) -> int:
+    """A file that this process holds until it closes the descriptor or is gone, however it went."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(descriptor, _OURS)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def left_lock(path: Path) -> BinaryIO:
+    """The lock of a process that is gone. OSError where one holds it, and where it is none that this user's processes
+    made by `new_lock`: others keep files of that name in the temporary folder too."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")
+    try:
+        found = os.fstat(file.fileno())
+        is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and file.read(100) == _OURS
+        if not is_ours or path.parent.is_symlink():
+            raise FileNotFoundError(errno.ENOENT, "no lock of ours", str(path))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        file.close()
+        raise
+    return file

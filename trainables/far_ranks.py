@@ -11,10 +11,10 @@ from trainables.worker import Task
 
 
 class Ask(Protocol):
-    """Asks ranks (`RankActor`s) for something, all together; `only` names some of them."""
+    """Asks ranks (`RankActor`s) for something, all together; `only` names some of them, `what` it is, in a word."""
 
     def __call__(
-        self, call: Callable[[Any], Any], deadline_s: float, only: Sequence[int] | None = None
+        self, call: Callable[[Any], Any], deadline_s: float, only: Sequence[int] | None = None, what: str = "answer"
     ) -> list[Any]: ...
 
 
@@ -43,7 +43,9 @@ class FarRanks:
     def save(self, folder: Path, model_alone: bool, deadline_s: float) -> None:
         """Every rank saves, into `folder` or where it is; from there it is fetched."""
         with marked(folder) as mark:
-            listings = self._ask(lambda rank: rank.save_where.remote(str(folder), model_alone, mark), deadline_s)
+            listings = self._ask(
+                lambda rank: rank.save_where.remote(str(folder), model_alone, mark), deadline_s, what="checkpoint"
+            )
         for far, listing in enumerate(listings):
             if not listing:
                 continue

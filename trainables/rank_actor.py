@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import ray
 
 from trainables.cards import is_crowded, take_card
 from trainables.errors import WorkerLostError
-from trainables.far import FarFiles, Mark, scratch_place
+from trainables.far import SCRATCH, FarFiles, Mark, scratch_place
 from trainables.redaction import redacted
 from trainables.worker import RankReport, RankWorker, Task
 
 _LOGS, _RESUME, SAVED = "logs", "resume", "saved"
+MOST_SHOWN_BYTES = 1 << 18
+"""Of a rank's log between two reports, at most, in the dashboard."""
 
 
 class RankActor(RankWorker):
@@ -103,14 +106,19 @@ class RankActor(RankWorker):
         return piece
 
     def _show_log(self) -> None:
-        """Copies new lines to the log that the dashboard shows, with the trial and the rank before each."""
-        if self._task is None:
+        """Copies new lines to the log that the dashboard shows, with the trial and the rank before each.
+
+        Of very many only the last, for the trial's own log has them all. A disk that is full costs the trial nothing.
+        """
+        if self._task is None or SCRATCH in os.environ:  # a study's own Ray has no dashboard
             return
-        text = _read(self._task.log_file(self._rank), self._shown)
-        self._shown += len(text)
+        path = self._task.log_file(self._rank)
+        end = path.stat().st_size if path.exists() else 0
+        text = _read(path, max(self._shown, end - MOST_SHOWN_BYTES))
+        self._shown = max(self._shown, end)
         name = f"trial {self._task.number} rank {self._rank} | "
         lines = "".join(f"{name}{line}\n" for line in redacted(text.decode(errors="replace")).splitlines())
-        if lines:
+        with suppress(OSError):
             os.write(self._stdout, lines.encode())
 
 

@@ -82,6 +82,10 @@ class Checkpoints(ABC):
         """
 
     @abstractmethod
+    def drop_unfinished(self, trial: int) -> None:
+        """Removes what a trial's writer, which is gone, left of a checkpoint, where that counts for the budget."""
+
+    @abstractmethod
     def discard(self, trial: int, epoch: int) -> None:
         """Drops a staged checkpoint that will not be committed; not another driver's of the same name."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import operator
 import os
+import random
 import re
 import socket
 import sys
@@ -25,6 +27,8 @@ from trainables.errors import (
     TrialError,
     UserError,
     WorkerLostError,
+    in_words,
+    printed,
     text_of,
 )
 from trainables.log_names import log_name
@@ -157,6 +161,7 @@ class RankWorker:
                 max_epochs=task.max_epochs,
                 settings=task.settings,
             )
+            _seed(task)
             reports: object = trainable(context)
             if not isinstance(reports, Iterable):
                 found = f"{task.trainable} returned {type(reports).__name__} {reports!r:.50}"
@@ -168,10 +173,11 @@ class RankWorker:
         assert self._reports is not None, "begin comes first"
         started = time.monotonic()
         with _plain_errors(self._rank):
-            self._report = _checked(next(self._reports, None), self._report)
+            yielded = next(self._reports, _END)
+            self._report = None if yielded is _END else _checked(yielded, self._report)
             if self._report is None:
                 return None
-            metrics = {str(name): float(value) for name, value in self._report.metrics.items()}
+            metrics = {str(name): _number(str(name), value) for name, value in self._report.metrics.items()}
         report, took_s = self._report, time.monotonic() - started
         saves, saves_model = report.save is not None, report.save_model is not None
         return RankReport(report.epoch, metrics, saves, saves_model, report.num_bytes, took_s, gpu_memory_share())
@@ -213,6 +219,16 @@ def resolve(trainable: str, import_path: str | None) -> Trainable:
     return found_function
 
 
+def _seed(task: Task) -> None:
+    """Each trial of a process draws the same numbers, whatever came before it. `finetune` does so by itself."""
+    if _full_name(task.trainable).startswith("trainables."):
+        return
+    random.seed(task.seed)
+    for name, seed in (("numpy", "random.seed"), ("torch", "manual_seed")):
+        if module := sys.modules.get(name):
+            operator.attrgetter(seed)(module)(task.seed)
+
+
 def log_tail(path: Path) -> str:
     """The last lines of a rank's log; empty when there is none."""
     try:
@@ -222,13 +238,11 @@ def log_tail(path: Path) -> str:
             lines = redacted(file.read().decode(errors="replace"))[-LOG_BYTES:].splitlines()
     except OSError:
         return ""
-    return "\n".join(lines[-LOG_LINES:])
+    return printed("\n".join(lines[-LOG_LINES:]))
 
 
-def _checked(report: object, before: Report | None) -> Report | None:
+def _checked(report: object, before: Report | None) -> Report:
     """What the trainable yielded, when it keeps the contract."""
-    if report is None:
-        return None
     if not isinstance(report, Report):
         found = f"a {type(report).__name__}"
         raise TrainableError(Problem("trainable", "yields trainables.Report", found, "Report(epoch, metrics)"))
@@ -240,14 +254,38 @@ def _checked(report: object, before: Report | None) -> Report | None:
     if not isinstance(report.num_bytes, int) or report.num_bytes < 0:
         found, expected = f"num_bytes {report.num_bytes!r:.50}", "a number of bytes, or 0 where it is not known"
         raise TrainableError(Problem("trainable", "says how large a checkpoint is as a whole number", found, expected))
+    if report.save_model is not None and report.save is None:
+        rule, found = "`save_model` writes a part of what `save` writes", "`save_model` without `save`"
+        raise TrainableError(Problem("trainable", rule, found, "both, or `save` alone"))
     return report
+
+
+def _number(name: str, value: object) -> float:
+    """A metric; a tensor or an array of one number is one."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)  # type: ignore[arg-type]
+    except Exception:
+        pass
+    found = f"{name} is {_shown(value)}"
+    raise TrainableError(
+        Problem("trainable", "reports metrics that are numbers", found, "a float, or what float() takes")
+    )
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.50}"
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 def _log_to(path: Path) -> None:
     """Sends this process's standard output and error, of C libraries too, to a log file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the trial before may have closed it
+            stream.flush()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -255,7 +293,7 @@ def _log_to(path: Path) -> None:
 
 
 class _plain_errors:  # noqa: N801  (reads as a statement)
-    """Turns any exception into a TrialError of text alone: the driver need not have the class to unpickle it."""
+    """Turns any exception, a SystemExit too, into a TrialError of text: the driver need not have its class."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -264,12 +302,14 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            with suppress(OSError):  # the log's own disk may be full
-                sys.stderr.write(redacted("".join(traceback.format_exception(error))))
+        # Ctrl-C and what Ray ends this process by say nothing of the trial.
+        is_of_it = not isinstance(error, KeyboardInterrupt) and not hasattr(error, "is_ray_terminate")
+        if error is not None and is_of_it:
+            with suppress(OSError, ValueError):  # the log's own disk may be full
+                text = redacted("".join(traceback.format_exception(error)))
+                sys.stderr.write(text.encode(errors="backslashreplace").decode())
                 sys.stderr.flush()
-            text = text_of(error).strip()
-            said = redacted(f"{type(error).__name__}{': ' if text else ''}{text}")
+            said = in_words(error)
             if is_out_of_memory(error):
                 raise OutOfMemoryError(f"out of memory: rank {self._rank} raised {said}") from None
             if storage_is_away(error):
@@ -284,9 +324,12 @@ def storage_is_away(error: BaseException) -> bool:
 
     By the words too: libraries in other languages hand on the system's message in an error of their own.
     """
+    if isinstance(error, OSError) and error.errno is not None:
+        is_sockets = error.errno == errno.ENOTCONN and error.filename is None
+        return error.errno in _STORAGE_ERRORS and not is_sockets
     text = text_of(error)
     found = re.search(r"os error (\d+)|errno (\d+)", text, re.IGNORECASE)
-    number = error.errno if isinstance(error, OSError) else int(found[1] or found[2]) if found else None
+    number = int(found[1] or found[2]) if found else None
     return number in _STORAGE_ERRORS or any(os.strerror(each) in text for each in _STORAGE_ERRORS)
 
 
@@ -301,6 +344,7 @@ def _may_pass(error: BaseException | None) -> bool:
     return False
 
 
+_END = object()
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "huggingface_hub", "aiohttp"}
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN}
 _STORAGE_ERRORS.add(errno.EREMOTEIO)  # an object store, by `BucketError`

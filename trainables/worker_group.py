@@ -32,7 +32,7 @@ from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, lo
 STEP_DEADLINE_MIN_S = 60.0
 STEP_DEADLINE_FACTOR = 5.0
 LAST_WORDS_S = 5.0
-"""How long a rank that failed may take to hand over the end of its log."""
+"""How long a rank that failed may take to hand over the end of its log, and one that is done to leave its trial."""
 
 
 @dataclass
@@ -99,6 +99,10 @@ class WorkerGroup(ABC):
         """Every rank writes its part of the last report's checkpoint into `folder`."""
 
     @abstractmethod
+    def leave(self) -> None:
+        """Lets the ranks leave their trial, some seconds at most, where they stand at a report: before `shutdown`."""
+
+    @abstractmethod
     def shutdown(self) -> None:
         """Ends every process of the group at once. Safe to call twice."""
 
@@ -125,6 +129,9 @@ class InProcessWorkerGroup(WorkerGroup):
     def save(self, folder: Path, model_alone: bool = False) -> None:
         with self._log_in_errors():
             self._worker.save(str(folder), model_alone)
+
+    def leave(self) -> None:
+        self._worker.end()
 
     def shutdown(self) -> None:
         self._worker.end()
@@ -196,7 +203,7 @@ class RayWorkerGroup(WorkerGroup):
             self.go_on()
         asked, self._on_their_way = self._on_their_way, None
         assert asked is not None
-        reports = self._answers(asked, self._deadline.seconds)
+        reports = self._answers(asked, self._deadline.seconds, "report")
         epochs = [report and report.epoch for report in reports]
         if len(set(epochs)) > 1:
             raise TrialError(f"the ranks disagree on the epoch of their report: {epochs}")
@@ -215,23 +222,30 @@ class RayWorkerGroup(WorkerGroup):
     def save(self, folder: Path, model_alone: bool = False) -> None:
         self._far.save(folder, model_alone, self._deadline.save_seconds)
 
+    def leave(self) -> None:
+        if self._on_their_way is None and self._ranks:
+            ended = [rank.end.remote() for rank in self._ranks]
+            ray.wait(ended, num_returns=len(ended), timeout=LAST_WORDS_S)
+
     def shutdown(self) -> None:
         for rank in self._ranks:
             ray.kill(rank)  # ends a frozen process too
         self._ranks = []
 
-    def _ask(self, call: Callable[[Any], Any], deadline_s: float, only: Sequence[int] | None = None) -> list[Any]:
+    def _ask(
+        self, call: Callable[[Any], Any], deadline_s: float, only: Sequence[int] | None = None, what: str = "answer"
+    ) -> list[Any]:
         """The answers of all ranks, asked together: one left behind would wait in its next all-reduce.
 
-        TrialError as soon as one rank fails, whatever the others do.
+        TrialError as soon as one rank fails, whatever the others do. `what` they are to give, in a word.
         """
-        return self._answers(self._asked(call, range(len(self._ranks)) if only is None else only), deadline_s)
+        return self._answers(self._asked(call, range(len(self._ranks)) if only is None else only), deadline_s, what)
 
     def _asked(self, call: Callable[[Any], Any], ranks: Sequence[int]) -> _Asked:
         self._num_oom_kills = num_oom_kills()  # what was killed before is none of these
         return _Asked(time.monotonic(), {call(self._ranks[rank]): rank for rank in ranks})
 
-    def _answers(self, asked: _Asked, deadline_s: float) -> list[Any]:
+    def _answers(self, asked: _Asked, deadline_s: float, what: str) -> list[Any]:
         rank_of, end = asked.rank_of, asked.at + deadline_s
         answers: dict[int, Any] = {}
         pending = list(rank_of)
@@ -241,7 +255,7 @@ class RayWorkerGroup(WorkerGroup):
                 silent = sorted(rank_of[reference] for reference in pending)
                 raise StepDeadlineError(
                     _with_log(
-                        f"rank {silent[0]} gave no report in {deadline_s:.0f} s; silent: {silent}",
+                        f"rank {silent[0]} gave no {what} in {deadline_s:.0f} s; silent: {silent}",
                         self._task,
                         silent[0],
                     )

@@ -226,7 +226,18 @@ def _is_gone(claim: dict[str, Any]) -> bool:
         process = psutil.Process(claim["pid"])
         return bool(_started(process) != claim["started"] or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
+        return not _is_hidden(claim["pid"])
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it is another user's process, which /proc may not show (`hidepid`)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
         return True
+    except OSError:
+        return False
+    return False
 
 
 def _started(process: psutil.Process) -> float:

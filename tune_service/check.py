@@ -55,7 +55,7 @@ def run_checks(spec: StudySpec, storage: StudyStorage, room: Room) -> list[Check
         looked_at("resources", lambda: _resources(spec, room)),
     ]
     model, data = spec.model, spec.data
-    if not spec.is_finetune:
+    if not spec.is_finetune and spec.trainable:
         checks.append(looked_at("trainable", lambda: import_trainable(spec.trainable, spec.folder)))
     if spec.is_finetune and model is not None:
         checks.append(looked_at("model", lambda: _raised(_model_problems(spec)) or model.name))
@@ -171,11 +171,15 @@ def _describe(texts: TextData) -> str:
 @lru_cache(maxsize=1)
 def import_trainable(trainable: str, folder: Path) -> str:
     """Imports the user's module in a process of its own: it may import torch, or end the process."""
-    code = "import sys; from trainables.worker import resolve; resolve(sys.argv[1], sys.argv[2])"
-    _, found = in_a_process(["-c", code, trainable, str(folder)])
+    code = "import inspect, sys; from trainables.worker import resolve; found = resolve(sys.argv[1], sys.argv[2])"
+    out, found = in_a_process(
+        ["-c", f"{code}; print(); print(inspect.isgeneratorfunction(found))", trainable, str(folder)]
+    )
     if found:
         expected = f"a module on PYTHONPATH or in {folder} that can be imported"
         raise UserError(Problem("trainable", f"{trainable} can be imported", found, expected))
+    if out.rstrip().endswith("False"):
+        return f"{trainable}, which is no generator function itself: what it returns has to yield Reports"
     return trainable
 
 

@@ -17,6 +17,7 @@ from tune_service.diagnosis import Node
 from tune_service.estimate import estimate, too_long
 from tune_service.kept import BYTES_PER_PARAMETER
 from tune_service.spec import StudySpec
+from tune_service.words import counted
 
 TRIED = ("all-reduce", "step", "memory", "estimate")
 """What takes a trial's room."""
@@ -103,7 +104,7 @@ def _step(
         return
     at_once = room.fit(spec.resources, spec.budget.concurrent_trials)
     estimated = estimate(spec, found, at_once, storage_bytes_s)
-    yield too_long(spec, estimated) or Check(TRIED[-1], True, f"{estimated}; with {at_once} trials at once")
+    yield too_long(spec, estimated) or Check(TRIED[-1], True, f"{estimated}; with {counted(at_once, 'trial')} at once")
 
 
 def _failed(name: str, error: TrialError) -> Check:

@@ -161,6 +161,7 @@ class Driver:
                 self._record.pause(number, reason)
             else:
                 self._give_up(number, reason)
+        self._kept.lost(number)
         self._leave(number)
 
     def poll(self) -> list[int]:

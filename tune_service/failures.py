@@ -45,4 +45,4 @@ def alike(reason: str) -> str:
 
 
 def first_line(reason: str) -> str:
-    return reason.splitlines()[0]
+    return next((line for line in reason.splitlines() if line.strip()), "")

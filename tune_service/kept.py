@@ -180,6 +180,10 @@ class KeptCheckpoints:
             trial.best = None  # a failed trial is never the best one
         self._retain()
 
+    def lost(self, number: int) -> None:
+        """The trial's supervisor is gone, perhaps while it wrote a checkpoint, which would take up room for nothing."""
+        self._store.drop_unfinished(number)
+
     def _retain(self) -> None:
         """Deletes the checkpoints that nothing needs any more, and for the budget the worst."""
         kept = [

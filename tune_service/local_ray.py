@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from trainables.far import SCRATCH
+from trainables.far import SCRATCH, left_lock, new_lock
 
 PR_SET_CHILD_SUBREAPER = 36
 LOCK = ".lock"
@@ -73,13 +72,11 @@ def scratch_folder() -> Iterator[Path]:
     _adopt_orphans()
     root = Path(_scratch_root())
     for lock in root.glob(f"tune-*/{LOCK}"):
-        with contextlib.suppress(OSError), lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), left_lock(lock):
             _end_processes_of(lock.parent)
             _remove(lock.parent)
     new = Path(tempfile.mkdtemp(prefix=".tune-", dir=root))
-    descriptor = os.open(new / LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    descriptor = new_lock(new / LOCK)
     scratch = new.rename(root / new.name[1:])  # others see it only when it is held
     os.environ[SCRATCH] = str(scratch)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ def rungs(grace_period: int, reduction_factor: float, max_epochs: int) -> list[i
 class Asha:
     """Asynchronous successive halving, the variant that stops and never pauses (Li et al. 2020, arXiv:1810.05934).
 
-    Compares trials by epoch. The values at the rungs are a view of the record.
+    Compares trials by epoch, at each rung by their first reports from there on. The values are a view of the record.
     """
 
     grace_period: int
@@ -30,8 +31,10 @@ class Asha:
     max_epochs: int
     maximize: bool
     metric: str
-    _values: dict[int, dict[int, float]] = field(default_factory=dict)
-    """Rung -> trial number -> objective at that epoch."""
+    _values: dict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    """Rung -> trial number -> objective at the first report from there on."""
+    _epochs: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Trial number -> epochs of its reports."""
 
     def refill(self, trials: Iterable[TrialStatus]) -> None:
         """Takes the values of a study that goes on."""
@@ -42,8 +45,10 @@ class Asha:
                     self.add(trial.number, report.epoch, value)
 
     def add(self, number: int, epoch: int, value: float) -> None:
-        if epoch in self._rungs:
-            self._values.setdefault(epoch, {})[number] = value
+        self._epochs[number].add(epoch)
+        rung = self._rung(number, epoch)
+        if rung is not None:
+            self._values[rung][number] = value
 
     def stop_reason(self, number: int, epoch: int) -> str | None:
         """Why the trial stops at this epoch; None when it goes on.
@@ -51,15 +56,21 @@ class Asha:
         It goes on when it is among the best 1 / reduction_factor of those that came this far, rounded up, so that the
         first one at a rung always does. Equals share a rank.
         """
-        at_rung = self._values.get(epoch, {})
-        if number not in at_rung:
+        rung = self._rung(number, epoch)
+        if rung is None or number not in self._values[rung]:
             return None
+        at_rung = self._values[rung]
         sign = 1 if self.maximize else -1
         own = sign * at_rung[number]
         rank = 1 + sum(sign * value > own for value in at_rung.values())
         if rank <= math.ceil(len(at_rung) / self.reduction_factor):
             return None
         return f"asha: epoch {epoch}, rank {rank} of {len(at_rung)}"
+
+    def _rung(self, number: int, epoch: int) -> int | None:
+        """The last rung that the trial has come to since its report before: not all report every epoch."""
+        before = max((other for other in self._epochs[number] if other < epoch), default=0)
+        return max((rung for rung in self._rungs if before < rung <= epoch), default=None)
 
     @cached_property
     def _rungs(self) -> list[int]:

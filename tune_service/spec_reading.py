@@ -58,7 +58,7 @@ def read_sections(draft: Draft, folder: Path, here: bool) -> StudySpec:
     if trainable != FINETUNE and not (isinstance(trainable, str) and _FUNCTION.fullmatch(trainable)):
         rule = "a trainable is `finetune` or a function of the user's own"
         draft.fault("trainable", rule, trainable, "finetune, or package.module:function")
-        trainable = FINETUNE
+        trainable = FINETUNE if {"model", "data"} & draft.raw.keys() else ""
     is_finetune = trainable == FINETUNE
     model, data = _read_model(draft, folder, here), _read_data(draft, folder, here)
     sections: dict[str, Any] = {key: _section(draft, key, kind) for key, kind in _SECTIONS.items()}

@@ -70,7 +70,7 @@ def test_a_sound_spec_passes_and_one_trials_group_was_really_tried(
     assert "with batch_size 32, max_length 32" in checks["step"]["found"]
     assert re.search(r"writes \d+ MB/s, synced, reads \d+ MB/s, [\d.]+ GiB free", checks["storage"]["found"])
     assert "1 trial at once, 1 now" in checks["resources"]["found"]
-    assert "96 if nothing stops" in checks["estimate"]["found"]
+    assert "96 epochs if nothing stops" in checks["estimate"]["found"]
     assert re.match(r"\d+ refuse who shows no token, \d+ tell Ray's metrics", checks["ports"]["found"])
     assert sorted(cluster.storage.iterdir()) == before
     wait_until(lambda: not cluster.actors(), 15.0, "the ranks to be gone")
