@@ -75,6 +75,27 @@ def test_the_users_code_goes_along_without_what_is_hidden_compiled_or_a_result(
     assert sorted(packed(own(here), tmp_path)) == [ORIGINS, SPEC, "bakery.py", "recipes/rye.json"]
 
 
+def test_a_link_that_leads_to_a_folder_above_is_not_followed_and_any_other_is(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    touch(here / "bakery.py")
+    touch(tmp_path / "cellar/flour.csv")
+    for name, to in {"a": ".", "b": ".", "cellar": "../cellar", "../cellar/oven": "../here"}.items():
+        (here / name).symlink_to(to)
+    assert sorted(packed(own(here), tmp_path)) == [ORIGINS, SPEC, "bakery.py", "cellar/flour.csv"]
+
+
+@pytest.mark.parametrize("key", ["data.path", "trainable"])
+def test_a_file_whose_name_is_not_utf_8_is_named_in_the_refusal(key: str, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    touch(here / "data/train.csv")
+    (here / "data" / os.fsdecode(b"caf\xe9.csv")).write_text("")
+    spec = own(here) if key == "trainable" else finetune(here, data={"task": "mrpc", "path": "data"})
+    with pytest.raises(SpecError) as refusal:
+        packed(spec, tmp_path)
+    (problem,) = refusal.value.problems
+    assert (problem.place, problem.found) == (key, rf"{here}/data/caf\xe9.csv")
+
+
 def test_a_module_on_pythonpath_goes_along_and_an_installed_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import os
+import re
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from trainables.errors import Problem
@@ -27,10 +29,11 @@ _ORIGINS = f"{_OWN}/origins.json"
 _MAX_RAW_BYTES = 10 * MAX_PACKAGE_BYTES
 """More than this is not even packed."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def pack(spec: StudySpec, to: Path) -> None:
-    """Writes the zip file. SpecError when something named is neither here nor named for the cluster, or is too big."""
+    """Writes the zip file. SpecError when something named is neither here nor named for the cluster, or cannot go."""
     mapping = spec.to_mapping()
     files: dict[str, Path] = {}
     origins: dict[str, str] = {}
@@ -38,6 +41,7 @@ def pack(spec: StudySpec, to: Path) -> None:
         named = (mapping.get(section) or {}).get(key)
         if named is not None and Path(named).is_dir():
             found = _files(Path(named))
+            _check_names(f"{section}.{key}", found)
             _check_size(f"{section}.{key}", Path(named), found)
             files |= {f"{place}/{name}": path for name, path in found.items()}
             mapping[section] = mapping[section] | {key: place}
@@ -47,6 +51,7 @@ def pack(spec: StudySpec, to: Path) -> None:
             raise SpecError(Problem(f"{section}.{key}", rule, f"no folder {named}", "a folder that exists"))
     if not spec.is_finetune:
         code = _code(spec)
+        _check_names("trainable", code)
         _refuse_shadows(spec.folder, code)
         _check_size("trainable", spec.folder, code)
         files |= code
@@ -116,18 +121,32 @@ def _files(root: Path) -> dict[str, Path]:
     return {str(path.relative_to(root)): path for path in _walk(root)}
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """`above`: the folders on the way here. A link that leads to one of them is not followed: it would never end."""
+    found = folder.stat()
+    here = (found.st_dev, found.st_ino)
+    if here in above:
+        return
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_file():
             yield path
         elif path.is_dir() and not (path / "pyvenv.cfg").exists() and not _is_storage(path):
-            yield from _walk(path)
+            yield from _walk(path, above | {here})
 
 
 def _is_storage(folder: Path) -> bool:
     return any(True for name in RECORDS for _ in folder.glob(f"*/{name}"))
+
+
+def _check_names(key: str, files: Mapping[str, Path]) -> None:
+    """A zip file has names in UTF-8 alone. Of a folder's other names Python holds the odd bytes as surrogates."""
+    wrong = [path for name, path in sorted(files.items()) if _SURROGATE.search(name)]
+    if wrong:
+        rule = "the names of files that a study takes to a cluster are UTF-8"
+        found = ", ".join(os.fsencode(path).decode(errors="backslashreplace") for path in wrong[:3])
+        raise SpecError(Problem(key, rule, found, "other names, or the files elsewhere"))
 
 
 def _check_size(key: str, folder: Path, files: dict[str, Path]) -> None:
