@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +72,18 @@ def test_config_yaml_is_a_spec_that_trains_this_trial_again(study: HandDriven, t
     again = HandDriven(tmp_path / "again", **{k: v for k, v in spec.to_mapping().items() if k != "name"})
     again.run(0.8)
     assert again.params() == [params] and again.driver.ask() is None
+
+
+def test_config_yaml_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path / "work", training={"max_epochs": 9, "note": "süß"})
+    study.run(0.5)
+    program = (
+        "import sys; from pathlib import Path; from tune_service.best import export_best; "
+        "from tune_service.storage import Storage; export_best('toy', Path(sys.argv[2]), Storage(Path(sys.argv[1])))"
+    )
+    words = [sys.executable, "-X", "utf8=0", "-c", program, str(study.storage.root), str(tmp_path / "out")]
+    subprocess.run(words, env=os.environ | {"LC_ALL": "C"}, check=True)
+    assert load_spec(tmp_path / "out" / "config.yaml").training_values["note"] == "süß"
 
 
 def test_a_trainable_of_ones_own_gives_its_checkpoint_without_our_manifest(study: HandDriven, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Manifest:
     def read(folder: Path) -> Manifest:
         """The manifest of a committed checkpoint. CheckpointError when it is missing or not one of ours."""
         try:
-            text = (folder / MANIFEST).read_text()
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: no readable {MANIFEST}: {error}") from error
         return Manifest.parse(text, str(folder))
@@ -261,11 +261,11 @@ def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def fsync_tree(folder: Path) -> None:

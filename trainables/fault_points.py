@@ -24,7 +24,7 @@ def fault_point(name: str) -> None:
     except FileNotFoundError:
         return
     part = reached.with_suffix(".part")
-    part.write_text(str(os.getpid()))
+    part.write_text(str(os.getpid()), encoding="ascii")
     part.rename(reached)
     while not Path(folder, f"{name}.go").exists():
         time.sleep(0.02)

@@ -46,7 +46,7 @@ def num_oom_kills() -> int:
     """How many processes of this container, or machine, the kernel has killed for want of memory since its start."""
     for counter in _COUNTERS:
         try:
-            lines = counter.read_text().splitlines()
+            lines = counter.read_text(encoding="ascii").splitlines()
         except OSError:
             continue
         found = [line.split() for line in lines]

@@ -147,7 +147,7 @@ def lease_holds(lease: tuple[str, str]) -> bool:
     if is_url(place):
         return claim_holds(Bucket.open(place), token)
     try:
-        return Path(place).read_text(errors="replace").split()[-1:] == [token]
+        return Path(place).read_text(encoding="utf-8", errors="replace").split()[-1:] == [token]
     except FileNotFoundError:
         return False
 

@@ -169,7 +169,7 @@ def _made_key(config: dict[str, Any]) -> str | None:
 def _tunnel(head: Head, address: str) -> Iterator[int]:
     """A port of this machine that leads to the head's own dashboard port, which is closed to the world."""
     port = _free_port()
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         try:
             # Its input ends with this process, however that ends, and with the input the tunnel. In a session of its
             # own, Ctrl-C in a terminal leaves it open for what is still to be said then.

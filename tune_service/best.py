@@ -71,7 +71,7 @@ def _export(name: str, record: Record, status: StudyStatus, out: Path, checkpoin
 
 def _write(out: Path, spec: StudySpec, status: StudyStatus, best: BestTrial) -> None:
     retrain = spec_for_trial(spec, best.params, name=f"{spec.name[:50]}-best")
-    (out / "config.yaml").write_text(dump_yaml(retrain))
+    (out / "config.yaml").write_text(dump_yaml(retrain), encoding="utf-8")
     trial = status.trials[best.number]
     report = next(report for report in trial.reports if report.epoch == best.epoch)
     document = {

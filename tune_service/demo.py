@@ -122,7 +122,8 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "pad_token": "[PAD]"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"sep_token": "[SEP]"}))
+    settings["sep_token"] = "[SEP]"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def score(model: Path, data: Path) -> float:

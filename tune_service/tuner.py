@@ -286,7 +286,7 @@ def _number(trial: Trial) -> int:
 def _error_line(trial: Trial) -> str:
     """What Ray says of a supervisor's end, on one line."""
     path = trial.error_file
-    lines = Path(path).read_text(errors="replace").splitlines() if path else []
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if path else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no word of why")
     return redacted(last.partition(" Some common causes")[0])
 
