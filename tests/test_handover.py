@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGTERM, getsignal, signal
+from typing import Any
 
 import pytest
+from hand_driven import HandDriven
 
 from tune_service.errors import CommandError
-from tune_service.handover import unpack
+from tune_service.handover import exported, unpack
+from tune_service.terminal import output_to
 
 
 def packed(package: Path, *members: tuple[str, bytes]) -> Path:
@@ -19,6 +26,17 @@ def packed(package: Path, *members: tuple[str, bytes]) -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return package
+
+
+@contextmanager
+def offered(study: HandDriven, folder: Path) -> Iterator[dict[str, Any]]:
+    """What `exported` offers in a job whose log is in that folder."""
+    before = getsignal(SIGTERM)
+    try:
+        with output_to(folder / "job.log"), exported("toy", "word", study.storage) as found:
+            yield found
+    finally:
+        signal(SIGTERM, before)
 
 
 def test_a_folder_comes_out_as_it_went_in(tmp_path: Path) -> None:
@@ -53,3 +71,22 @@ def test_what_is_no_file_or_folder_is_refused_not_left_out(tmp_path: Path, kind:
         unpack(tmp_path / "best.tar", tmp_path / "out")
     assert refusal.value.problems[0].found == "model"
     assert not (tmp_path / "out" / "model").exists()
+
+
+# ---- on the head
+
+
+def test_what_a_killed_export_left_is_removed_after_hours_and_one_that_ends_meanwhile_is_no_hindrance(
+    tmp_path: Path,
+) -> None:
+    study = HandDriven(tmp_path / "work")
+    study.run(0.5)
+    exports = study.storage.exports
+    for name in (".export-old", ".export-new"):
+        (exports / name).mkdir()
+    os.utime(exports / ".export-old", (0, 0))
+    (exports / ".export-gone").symlink_to("nowhere")  # has a name, and no more a folder
+    with offered(study, tmp_path) as found:
+        unpack(tmp_path / found["file"], tmp_path / "best")
+    assert (tmp_path / "best" / "metrics.json").is_file()
+    assert sorted(path.name for path in exports.glob(".export-*")) == [".export-gone", ".export-new"]

@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGTERM, signal
 from types import FrameType
@@ -113,8 +113,9 @@ def unpack(package: Path, folder: Path) -> None:
 def _sweep(exports: Path) -> None:
     """Removes what a killed export left."""
     for folder in exports.glob(f"{_PREFIX}*"):
-        if time.time() - folder.stat().st_mtime > _STALE_S:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another export has ended since, and has removed its own
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
