@@ -16,6 +16,8 @@ from hand_driven import HandDriven
 
 from tune_service.errors import CommandError
 from tune_service.handover import exported, unpack
+from tune_service.spec import load_spec
+from tune_service.storage import StudyFolder
 from tune_service.terminal import output_to
 
 
@@ -74,6 +76,26 @@ def test_what_is_no_file_or_folder_is_refused_not_left_out(tmp_path: Path, kind:
 
 
 # ---- on the head
+
+
+@pytest.mark.parametrize("home", ["/home/ann/mrpc", "/home/ann/data #2/mrpc", "/home/ann/it: data/mrpc"])
+def test_config_yaml_names_the_users_folder_whatever_that_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    there = tmp_path / "work" / "data"
+    there.mkdir(parents=True)
+    monkeypatch.setattr(StudyFolder, "origins", lambda *_: {str(there): home})
+    data = {"path": str(there), "text": ["a"]}
+    space = {"learning_rate": {"log_uniform": [1e-5, 1e-3]}}
+    own = {"trainable": "finetune", "model": {"name": "gpt2"}, "objective": {"metric": "eval_accuracy"}}
+    study = HandDriven(tmp_path / "work", data=data, search_space=space, training={}, **own)
+    number = study.begin()
+    study.report(number, 1, 0.5, num_bytes=1, eval_accuracy=0.5)
+    study.finish(number)
+    with offered(study, tmp_path) as found:
+        unpack(tmp_path / found["file"], tmp_path / "best")
+    spec = load_spec(tmp_path / "best" / "config.yaml", here=False)
+    assert (spec.data, spec.model) == (study.spec.data.model_copy(update={"path": home}), study.spec.model)
 
 
 def test_what_a_killed_export_left_is_removed_after_hours_and_one_that_ends_meanwhile_is_no_hindrance(

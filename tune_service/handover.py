@@ -22,6 +22,8 @@ from trainables.errors import Problem
 from tune_service.dashboard import Dashboard
 from tune_service.errors import CommandError
 from tune_service.home import StudyStorage
+from tune_service.parcel import FOLDER_KEYS
+from tune_service.spec_yaml import read_yaml, write_yaml
 
 _PREFIX = ".export-"
 _STALE_S = 3 * 3600.0
@@ -46,11 +48,7 @@ def exported(name: str, word: str, storage: StudyStorage) -> Iterator[dict[str, 
     link = Path("/proc/self/fd/1").readlink().parent / f"tune-service-{word}.tar"
     try:
         best = export_best(name, folder / "best", storage)
-        config = folder / "best" / "config.yaml"
-        text = config.read_text(encoding="utf-8")
-        for there, here in study.origins(Path(stored_spec(Record.open(study)).folder)).items():
-            text = text.replace(there, here)  # a spec for the user's machine names its folders
-        config.write_text(text, encoding="utf-8")
+        _bring_home(folder / "best" / "config.yaml", study.origins(Path(stored_spec(Record.open(study)).folder)))
         package = folder / "best.tar"
         with tarfile.open(package, "w") as tar:
             tar.add(folder / "best", arcname=".")
@@ -65,6 +63,16 @@ def exported(name: str, word: str, storage: StudyStorage) -> Iterator[dict[str, 
     finally:
         link.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _bring_home(config: Path, origins: Mapping[str, str]) -> None:
+    """A spec for the user's machine names its folders. YAML may have to quote those where it did not the cluster's."""
+    mapping, _ = read_yaml(config.read_text(encoding="utf-8"))
+    for section, key in FOLDER_KEYS:
+        if mapping[section] is not None:
+            named = mapping[section][key]
+            mapping[section][key] = origins.get(named, named)
+    config.write_text(write_yaml(mapping), encoding="utf-8")
 
 
 def fetch(dashboard: Dashboard, node_id: str, found: Mapping[str, Any], out: Path) -> None:

@@ -24,7 +24,8 @@ from tune_service.storage import RECORDS
 _OWN = ".tune-service"
 _OWN_PACKAGES = ("search_spaces", "trainables", "tune_service")
 SPEC = f"{_OWN}/spec.json"
-_DATA, _MODEL = f"{_OWN}/data", f"{_OWN}/model"
+FOLDER_KEYS = {("data", "path"): f"{_OWN}/data", ("model", "name"): f"{_OWN}/model"}
+"""What a spec names that may be a folder -> where that lies in the package."""
 _ORIGINS = f"{_OWN}/origins.json"
 _MAX_RAW_BYTES = 10 * MAX_PACKAGE_BYTES
 """More than this is not even packed."""
@@ -37,7 +38,7 @@ def pack(spec: StudySpec, to: Path) -> None:
     mapping = spec.to_mapping()
     files: dict[str, Path] = {}
     origins: dict[str, str] = {}
-    for section, key, place in (("data", "path", _DATA), ("model", "name", _MODEL)):
+    for (section, key), place in FOLDER_KEYS.items():
         named = (mapping.get(section) or {}).get(key)
         if named is not None and Path(named).is_dir():
             found = _files(Path(named))
@@ -158,8 +159,8 @@ def _check_size(key: str, folder: Path, files: dict[str, Path]) -> None:
 def _key_of_largest(files: dict[str, Path]) -> str:
     """The key of the spec that brought it."""
     largest = max(files, key=lambda name: files[name].stat().st_size)
-    keys = {_DATA: "data.path", _MODEL: "model.name"}
-    return next((key for place, key in keys.items() if largest.startswith(f"{place}/")), "trainable")
+    named = (f"{section}.{key}" for (section, key), place in FOLDER_KEYS.items() if largest.startswith(f"{place}/"))
+    return next(named, "trainable")
 
 
 def _too_big(key: str, size: int, files: dict[str, Path]) -> SpecError:
