@@ -160,6 +160,27 @@ def test_a_relative_out_lies_in_the_working_directory(
     assert (tmp_path / "here" / "out" / "config.yaml").is_file()
 
 
+@pytest.mark.parametrize("way", ["folder", "link", "."])
+def test_an_empty_out_stays_the_folder_it_was_for_it_may_be_a_mount_point_or_where_a_shell_stands(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    before = folder.stat().st_ino
+    monkeypatch.chdir(folder if way == "." else tmp_path)
+    exported(study, Path(way))
+    assert folder.stat().st_ino == before and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "config.yaml", "metrics.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "work"]
+
+
+def test_an_out_that_is_a_link_to_nothing_yet_makes_the_folder_it_leads_to(study: HandDriven, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("new")
+    exported(study, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "new" / "metrics.json").is_file()
+
+
 def test_an_out_that_holds_something_is_refused_and_stays_as_it_was(study: HandDriven, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
@@ -175,8 +196,10 @@ def test_an_out_that_cannot_be_written_is_a_failure_and_leaves_nothing(
     study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CommandError):
-        exported(study, tmp_path / "file" / "out")
+    (tmp_path / "loop").symlink_to("loop")
+    for out in (tmp_path / "file" / "out", tmp_path / "loop"):
+        with pytest.raises(CommandError):
+            exported(study, out)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -185,26 +208,60 @@ def test_an_out_that_cannot_be_written_is_a_failure_and_leaves_nothing(
     with pytest.raises(CommandError, match="No space left") as failure:
         exported(study, tmp_path / "out")
     assert exit_code(failure.value) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "work"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "work"]
 
 
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("point", ["tune_service.best.write_json", "tune_service.best.fsync_tree", "os.replace"])
-def test_out_is_whole_or_absent_when_the_process_is_killed(
-    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+@pytest.mark.parametrize("point", ["tune_service.best.write_json", "tune_service.out_folder.fsync_tree", "os.replace"])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_out_is_as_it_was_when_the_process_is_killed_but_for_what_the_next_export_removes(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, is_new: bool
 ) -> None:
-    def killed(*_: object, **__: object) -> None:
-        raise Killed
-
+    out = tmp_path / "out"
+    if not is_new:
+        out.mkdir()
     with monkeypatch.context() as patch, pytest.raises(Killed):
+
+        def killed(*_: object, **__: object) -> None:
+            patch.setattr("shutil.rmtree", lambda *_, **__: None)  # who is dead tidies nothing up
+            raise Killed
+
         patch.setattr(point, killed)
-        exported(study, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    exported(study, tmp_path / "out")  # what the killed one left is no hindrance, and is gone
+        exported(study, out)
+    assert not out.exists() if is_new else [path.name for path in out.iterdir()] == [".export.partial"]
+    exported(study, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "work"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "config.yaml", "metrics.json"]
+
+
+def test_an_empty_out_gets_metrics_json_last(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    replace = os.replace
+
+    def watched(path: Path, to: Path) -> None:
+        moved.append(Path(to).name)
+        replace(path, to)
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.replace", watched)
+    exported(study, tmp_path / "out")
+    assert sorted(moved[-3:-1]) == ["checkpoint", "config.yaml"] and moved[-1] == "metrics.json"
+
+
+def test_what_has_come_into_an_empty_out_meanwhile_stays_and_nothing_comes_beside_it(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("tune_service.out_folder.fsync_tree", lambda _: (out / "config.yaml").write_text("mine"))
+    with pytest.raises(OutputNotEmptyError):
+        exported(study, out)
+    assert files(out) == ["config.yaml"] and (out / "config.yaml").read_text() == "mine"
 
 
 # ---- which trial

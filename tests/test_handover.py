@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGTERM, getsignal, signal
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 from hand_driven import HandDriven
 
+from trainables.checkpoint import sha256
 from tune_service.errors import CommandError
-from tune_service.handover import exported, unpack
+from tune_service.handover import exported, fetch, unpack
 from tune_service.spec import load_spec
 from tune_service.storage import StudyFolder
 from tune_service.terminal import output_to
@@ -112,3 +114,39 @@ def test_what_a_killed_export_left_is_removed_after_hours_and_one_that_ends_mean
         unpack(tmp_path / found["file"], tmp_path / "best")
     assert (tmp_path / "best" / "metrics.json").is_file()
     assert sorted(path.name for path in exports.glob(".export-*")) == [".export-gone", ".export-new"]
+
+
+# ---- on the laptop
+
+
+class Far:
+    """A dashboard that hands out one file."""
+
+    def __init__(self, package: Path) -> None:
+        self._package = package
+
+    def patiently(self, ask: Callable[[], str]) -> str:
+        return ask()
+
+    def download(self, node_id: str, name: str, to: Path, num_bytes: int) -> str:
+        shutil.copy(self._package, to)
+        return sha256(to)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_out_holds_what_was_fetched_and_not_how_it_came(tmp_path: Path, is_new: bool) -> None:
+    package = packed(tmp_path / "best.tar", ("metrics.json", b"{}"), ("model/config.json", b"{}"))
+    out = tmp_path / "out"
+    if not is_new:
+        out.mkdir()
+    found = {"file": "best.tar", "bytes": package.stat().st_size, "sha256": sha256(package)}
+    with pytest.raises(CommandError, match="what arrives is what was sent"):
+        fetch(Far(package), "node", found | {"sha256": "0"}, out)
+    assert not out.exists() if is_new else not list(out.iterdir())
+    fetch(Far(package), "node", found, out)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*")) == [
+        "metrics.json",
+        "model",
+        "model/config.json",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.tar", "out"]

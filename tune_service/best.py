@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from trainables.checkpoint import fsync_tree, write_json
-from trainables.errors import BucketError, CheckpointError, DamagedCheckpointError, Problem
+from trainables.checkpoint import write_json
+from trainables.errors import CheckpointError, DamagedCheckpointError, Problem
 from trainables.stores import Checkpoints
 from tune_service.errors import CommandError
 from tune_service.home import StudyStorage
+from tune_service.out_folder import check_out, written_whole
 from tune_service.record import Record
 from tune_service.spec import StudySpec, dump_yaml, spec_for_trial
 from tune_service.status import BestTrial, StudyStatus
-from tune_service.storage import check_out
 from tune_service.study import stored_spec
 
 TRIES = 3
@@ -21,7 +20,7 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
 def export_best(name: str, out: Path, storage: StudyStorage) -> BestTrial:
-    """Writes the best trial of a study to `out`, which is whole or absent whenever this process is killed.
+    """Writes the best trial of a study to `out`, a new or an empty folder, whole or not at all (see `written_whole`).
 
     `model/` opens with `from_pretrained` (a trainable of the user's own: `checkpoint/`, when it saved one),
     `config.yaml` is a spec that trains this trial again, `metrics.json` is what it reached. Raises OutputNotEmptyError,
@@ -34,7 +33,7 @@ def export_best(name: str, out: Path, storage: StudyStorage) -> BestTrial:
     while tries < TRIES:
         status = record.status(deep=True, damaged=damaged)
         try:
-            return _export(name, record, status, out.absolute(), folder.checkpoints)
+            return _export(name, record, status, out, folder.checkpoints)
         except DamagedCheckpointError:  # a bucket's, whose bytes are hashed as they come
             assert status.best is not None, "it was copied"
             damaged.add((status.best.number, status.best.epoch))
@@ -49,23 +48,11 @@ def _export(name: str, record: Record, status: StudyStatus, out: Path, checkpoin
         found = f"no completed or pruned trial with a finite {status.objective.metric} and a whole checkpoint"
         raise CommandError(Problem(name, "has a best trial", found, "a study with at least one trial that ended"))
     spec = stored_spec(record)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with written_whole(out) as folder:
         if record.saves(status.best.number):
-            to, wanted = (partial, _is_model) if spec.is_finetune else (partial / "checkpoint", _is_any)
+            to, wanted = (folder, _is_model) if spec.is_finetune else (folder / "checkpoint", _is_any)
             checkpoints.copy(status.best.number, status.best.epoch, to, wanted)
-        _write(partial, spec, status, status.best)
-        fsync_tree(partial)
-        partial.replace(out)
-    except (CheckpointError, BucketError):
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        expected = "a folder on a disk with room"
-        raise CommandError(Problem("--out", "can be written", f"{type(error).__name__}: {error}", expected)) from error
+        _write(folder, spec, status, status.best)
     return status.best
 
 

@@ -264,12 +264,13 @@ def best(
     as_json: JsonOption = False,
 ) -> None:
     """Export the best trial: model, tokenizer, config and metrics."""
+    path = str(out.absolute())
     with _studies(storage, address) as studies:
         found = studies.best(study, out)
     if as_json:
-        print_json(found.model_dump(mode="json") | {"path": str(out.absolute())})
+        print_json(found.model_dump(mode="json") | {"path": path})
     else:
-        print(f"trial {found.number}, epoch {found.epoch}, value {found.value:.4f}: {out.absolute()}")
+        print(f"trial {found.number}, epoch {found.epoch}, value {found.value:.4f}: {path}")
 
 
 @app.command()

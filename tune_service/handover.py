@@ -17,11 +17,12 @@ from signal import SIGTERM, signal
 from types import FrameType
 from typing import Any
 
-from trainables.checkpoint import fsync_tree, sha256
+from trainables.checkpoint import sha256
 from trainables.errors import Problem
 from tune_service.dashboard import Dashboard
 from tune_service.errors import CommandError
 from tune_service.home import StudyStorage
+from tune_service.out_folder import written_whole
 from tune_service.parcel import FOLDER_KEYS
 from tune_service.spec_yaml import read_yaml, write_yaml
 
@@ -76,25 +77,14 @@ def _bring_home(config: Path, origins: Mapping[str, str]) -> None:
 
 
 def fetch(dashboard: Dashboard, node_id: str, found: Mapping[str, Any], out: Path) -> None:
-    """On the laptop: fetches what `exported` offers to `out`, which is whole or absent."""
-    out = out.absolute()
-    partial = out.with_name(f".{out.name}.partial")
-    package = partial / "best.tar"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    """On the laptop: fetches what `exported` offers to `out`, whole or not at all (see `written_whole`)."""
+    with written_whole(out) as folder:
+        package = folder.with_name("best.tar")
         digest = dashboard.patiently(lambda: dashboard.download(node_id, found["file"], package, found["bytes"]))
         if digest != found["sha256"]:
             rule = "what arrives is what was sent, by its sha256"
             raise CommandError(Problem(found["file"], rule, digest, f"{found['sha256']}: try again"))
-        unpack(package, partial / "best")
-        fsync_tree(partial / "best")
-        (partial / "best").replace(out)
-    except OSError as error:
-        expected = "a folder on a disk with room"
-        raise CommandError(Problem("--out", "can be written", f"{type(error).__name__}: {error}", expected)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        unpack(package, folder)
 
 
 def unpack(package: Path, folder: Path) -> None:

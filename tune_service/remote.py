@@ -24,8 +24,8 @@ from tune_service.dashboard import Dashboard, DashboardError, Job
 from tune_service.errors import CommandError, RemoteError, StudyExistsError, StudyRunningError
 from tune_service.frames import decode, newest
 from tune_service.handover import fetch
+from tune_service.out_folder import check_out
 from tune_service.status import BestTrial, Display, StudyStatus, StudyView
-from tune_service.storage import check_out
 from tune_service.studies import LogPiece, StudyRow, is_in
 from tune_service.views import FarStudy, status_of
 

@@ -16,7 +16,6 @@ from trainables.checkpoint import CheckpointStore
 from trainables.errors import Problem
 from trainables.log_names import prefix_of
 from tune_service.errors import (
-    OutputNotEmptyError,
     RecordUnavailableError,
     StorageError,
     StudyExistsError,
@@ -232,13 +231,6 @@ class Storage:
                 Problem("--storage", "is a folder that can be written", str(error), "another --storage")
             ) from error
         return folder
-
-
-def check_out(out: Path) -> None:
-    """OutputNotEmptyError unless `out` is a new or an empty folder."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        found = f"{out} holds something" if out.is_dir() else f"{out} is a file"
-        raise OutputNotEmptyError(Problem("--out", "is a new or an empty folder", found, "a new name"))
 
 
 def _read_only(place: Path) -> bool:
