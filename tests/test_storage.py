@@ -110,6 +110,13 @@ def test_a_storage_below_a_file_cannot_be_written(tmp_path: Path) -> None:
         storage.create("toy")
 
 
+def test_a_storage_whose_path_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / os.fsdecode(b"st\xff"))
+    with pytest.raises(StorageError, match=r"can be written; found .*/st\\xff is not UTF-8"):
+        storage.check_writable()
+    Storage(tmp_path / "stüdies").check_writable()
+
+
 def test_a_relative_storage_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     storage = Storage(Path("studies"))

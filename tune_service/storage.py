@@ -178,7 +178,9 @@ class Storage:
         """StorageError unless a folder can be made here; makes none."""
         place = self._place()
         found = None
-        if not place.is_dir():
+        if not _is_utf_8(self.root):
+            found = f"{os.fsencode(self.root).decode(errors='backslashreplace')} is not UTF-8"
+        elif not place.is_dir():
             found = f"{place} is a file"
         elif _read_only(place):
             found = f"{place} is on a disk that is read-only"
@@ -231,6 +233,15 @@ class Storage:
                 Problem("--storage", "is a folder that can be written", str(error), "another --storage")
             ) from error
         return folder
+
+
+def _is_utf_8(path: Path) -> bool:
+    """Ray takes no other path."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_only(place: Path) -> bool:
