@@ -14,6 +14,7 @@ from hand_driven import HandDriven
 
 from trainables.checkpoint import MANIFEST, CheckpointStore
 from trainables.errors import DamagedCheckpointError
+from tune_service import cli
 from tune_service.best import export_best
 from tune_service.errors import CommandError, OutputNotEmptyError, StudyNotFoundError, exit_code
 from tune_service.spec import load_spec
@@ -55,6 +56,15 @@ def test_metrics_json_says_what_the_trial_reached(study: HandDriven, tmp_path: P
             {"epoch": 3, "metrics": {"score": 0.7}},
         ],
     }
+
+
+def test_the_command_exports_below_the_users_home(
+    study: HandDriven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cli.best("toy", Path("~/out"), str(study.storage.root))
+    assert (tmp_path / "out" / "metrics.json").exists()
+    assert capsys.readouterr().out == f"trial 1, epoch 2, value 0.8000: {tmp_path / 'out'}\n"
 
 
 def test_config_yaml_is_a_spec_that_trains_this_trial_again(study: HandDriven, tmp_path: Path) -> None:

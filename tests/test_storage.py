@@ -18,6 +18,7 @@ import pytest
 from trainables.errors import UserError
 from tune_service.errors import StorageError, StudyExistsError, StudyNotFoundError, StudyRunningError, exit_code
 from tune_service.storage import Storage, StudyFolder
+from tune_service.storages import open_storage
 
 
 @pytest.fixture
@@ -108,6 +109,17 @@ def test_a_storage_below_a_file_cannot_be_written(tmp_path: Path) -> None:
         storage.check_writable()
     with pytest.raises(StorageError):
         storage.create("toy")
+
+
+def test_a_storage_below_the_users_home_is_the_same_for_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_storage("~/studies").where == str(tmp_path / "studies")
+    assert Storage(Path("~/studies")).root == tmp_path / "studies"
+    assert Storage(tmp_path / "~").root == tmp_path / "~"
+    with pytest.raises(UserError, match="--storage: begins with ~ only where that is a home folder"):
+        open_storage("~nobody-here/studies")
 
 
 def test_a_storage_whose_path_is_not_utf_8_is_refused(tmp_path: Path) -> None:

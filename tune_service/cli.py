@@ -264,6 +264,9 @@ def best(
     as_json: JsonOption = False,
 ) -> None:
     """Export the best trial: model, tokenizer, config and metrics."""
+    from tune_service.storage import expanded
+
+    out = expanded(out, "--out")
     path = str(out.absolute())
     with _studies(storage, address) as studies:
         found = studies.best(study, out)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainables.bucket import is_url
 from trainables.checkpoint import CheckpointStore
-from trainables.errors import Problem
+from trainables.errors import Problem, UserError
 from trainables.log_names import prefix_of
 from tune_service.errors import (
     RecordUnavailableError,
@@ -148,7 +148,7 @@ class Storage:
     def __init__(self, root: Path) -> None:
         if is_url(str(root)):  # it would become a folder named `s3:`
             raise StorageError(Problem("--storage", "this is written into a folder", str(root), "--storage FOLDER"))
-        self.root = root.absolute()
+        self.root = expanded(root, "--storage").absolute()
         self.where = str(self.root)
         self.exports = self.root
 
@@ -233,6 +233,15 @@ class Storage:
                 Problem("--storage", "is a folder that can be written", str(error), "another --storage")
             ) from error
         return folder
+
+
+def expanded(path: Path, option: str) -> Path:
+    """A path whose `~` is a home folder: a shell puts it only at the start of a word. UserError where there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        rule = "begins with ~ only where that is a home folder"
+        raise UserError(Problem(option, rule, str(path), "a path without ~")) from error
 
 
 def _is_utf_8(path: Path) -> bool:
