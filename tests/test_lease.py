@@ -171,6 +171,26 @@ def test_a_silent_driver_is_taken_over_and_writes_nothing_more_when_it_wakes_up(
     assert Record.open(folder).budget_trials == 10
 
 
+def test_a_clock_that_was_set_back_lengthens_no_silence(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SILENT_S", 2.5)
+    told: list[str] = []
+    in_an_hour = time.time() + 3600
+    with other_driver(folder) as process:
+        os.utime(folder.driver_lock, (in_an_hour, in_an_hour))
+        assert folder.driver_is_alive()
+        os.utime(folder.driver_lock, (in_an_hour, in_an_hour))
+        with pytest.raises(StudyRunningError, match=f"process {process.pid} on "), folder.driving():
+            pass
+        process.send_signal(signal.SIGSTOP)
+        os.utime(folder.driver_lock, (in_an_hour, in_an_hour))
+        assert not folder.driver_is_alive()
+        started = time.monotonic()
+        with folder.driving(told.append) as own:
+            assert not own.lost
+        assert 2.5 < time.monotonic() - started < 6
+    assert [line.partition(" has ")[2] for line in told] == ["been silent for 3 s: taking the study over"]
+
+
 @pytest.mark.parametrize("how", ["silent", "dead"])
 def test_a_trial_of_a_driver_that_lost_its_lease_commits_no_checkpoint(folder: StudyFolder, how: str) -> None:
     with other_driver(folder) as process:

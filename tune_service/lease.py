@@ -140,7 +140,7 @@ def is_held(path: Path) -> bool:
     """Whether some process drives the study and is not silent."""
     try:
         with path.open("rb") as file:
-            return not _lock(file.fileno(), fcntl.LOCK_SH) and (_age_s(path) <= SILENT_S or _beats(path))
+            return not _lock(file.fileno(), fcntl.LOCK_SH) and (abs(_age_s(path)) <= SILENT_S or _beats(path))
     except FileNotFoundError:
         return False
     except PermissionError as error:
@@ -219,13 +219,14 @@ def _take(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> FileLe
 def _take_over(path: Path, silent: int, journal_lock: Path, tell: Callable[[str], None]) -> int:
     """Puts a new lock file in the place of a silent holder's. Returns its descriptor, locked."""
     holder = os.pread(silent, 200, 0).decode(errors="replace").strip().rpartition(" ")[0]
+    silent_s, last_ns = _silence(path)
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # in containers numbers of processes repeat
     descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with locked(journal_lock):
-            age_s = _age_s(path)
-            if age_s <= SILENT_S or path.stat().st_ino != os.fstat(silent).st_ino:
+            now = path.stat()
+            if silent_s <= SILENT_S or now.st_mtime_ns != last_ns or now.st_ino != os.fstat(silent).st_ino:
                 expected = f"wait for it, or stop it; it is taken over when it is silent for {SILENT_S:.0f} s"
                 raise StudyRunningError(
                     Problem(path.parent.name, "a study has one driver", f"process {holder} runs it", expected)
@@ -236,8 +237,22 @@ def _take_over(path: Path, silent: int, journal_lock: Path, tell: Callable[[str]
         new.unlink(missing_ok=True)
         raise
     os.close(silent)
-    tell(f"process {holder} has been silent for {age_s:.0f} s: taking the study over")
+    tell(f"process {holder} has been silent for {silent_s:.0f} s: taking the study over")
     return descriptor
+
+
+def _silence(path: Path) -> tuple[float, int]:
+    """For how many seconds there was no beat, and the time of the last one.
+
+    Where that lies in the future, a clock was set back: whether another one comes is seen by a clock that nobody sets.
+    """
+    last_ns = path.stat().st_mtime_ns
+    silent_s = time.time() - last_ns / 1e9
+    if silent_s < 0:
+        began = time.monotonic()
+        while (silent_s := time.monotonic() - began) <= SILENT_S and path.stat().st_mtime_ns == last_ns:
+            time.sleep(BEAT_S / 5)
+    return silent_s, last_ns
 
 
 def _age_s(path: Path) -> float:
