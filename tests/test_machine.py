@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import pytest
 
 from tune_service import machine
+from tune_service.errors import CommandError, exit_code
 from tune_service.machine import Machine, fit, resource_problems, this_machine, visible_gpus
 from tune_service.spec import ResourcesSpec
 
@@ -91,6 +92,21 @@ def test_the_limits_of_a_container_count(
     assert found.cpus == (cpus or 4)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert found.memory_bytes == (memory_bytes or physical)
+
+
+def test_a_user_without_a_home_is_told_before_a_study_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as a number of no user."""
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setenv("HOME", "/any")
+    assert this_machine().cpus
+    monkeypatch.delenv("HOME")
+    with pytest.raises(CommandError, match="HOME: names a folder; found it is not set") as refusal:
+        this_machine()
+    assert exit_code(refusal.value) == 1
 
 
 def test_a_machine_without_a_driver_has_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

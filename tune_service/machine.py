@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainables.errors import Problem
+from tune_service.errors import CommandError
 from tune_service.spec import ResourcesSpec
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -46,7 +47,11 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Asks the operating system. A container's quota counts, for Ray would otherwise plan with the host's cores."""
+    """Asks the operating system. A container's quota counts, for Ray would otherwise plan with the host's cores.
+
+    CommandError where Ray could not even be imported.
+    """
+    _check_home()
     groups = list(_own_cgroups(_OWN_CGROUP, _CGROUPS))
     cores = len(os.sched_getaffinity(0))
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -95,6 +100,15 @@ def visible_gpus(cuda_visible_devices: str | None, listing: str) -> int:
             break
         seen.add(named[0] if named else entry)
     return len(seen)
+
+
+def _check_home() -> None:
+    """Ray looks for it when it is imported, which is after a study was made."""
+    try:
+        Path.home()
+    except RuntimeError as error:
+        found = f"it is not set, and no user {os.getuid()} is known here"
+        raise CommandError(Problem("HOME", "names a folder", found, "HOME=FOLDER in the environment")) from error
 
 
 def _cpu_problems(resources: ResourcesSpec, machine: Machine) -> Iterator[Problem]:
