@@ -17,8 +17,10 @@ import pytest
 
 from trainables.errors import UserError
 from tune_service.errors import StorageError, StudyExistsError, StudyNotFoundError, StudyRunningError, exit_code
+from tune_service.record import Record
 from tune_service.storage import Storage, StudyFolder
 from tune_service.storages import open_storage
+from tune_service.study import delete_study
 
 
 @pytest.fixture
@@ -154,6 +156,59 @@ def test_a_study_that_is_removed_in_part_is_no_study_any_more_and_its_name_is_fr
         folder.remove()
     assert storage.studies() == []
     assert not storage.check_free("toy").path.exists()
+
+
+def test_a_deletion_that_was_cut_off_is_gone_on_with(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = create(storage, "toy")
+    (folder.path / "rest").write_bytes(b"x" * 97)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("tune_service.storage.shutil.rmtree", lambda path: 1 / 0)
+        folder.remove()
+    assert storage.studies() == []
+    with pytest.raises(StorageError, match="toy: is a study that is there whole; found it is being deleted"):
+        Record.open(storage.study("toy"))
+    assert delete_study("toy", storage) == 100 + len(f"{os.getpid()} on {os.uname().nodename} {'x' * 16}\n")
+    assert list(storage.root.iterdir()) == []
+    with pytest.raises(StudyNotFoundError):
+        storage.study("toy")
+
+
+def test_a_new_study_removes_what_is_left_of_the_one_that_had_its_name(storage: Storage) -> None:
+    create(storage, "toy").path.rename(storage.root / ".deleted-toy")
+    create(storage, "other").path.rename(storage.root / ".deleted-other")
+    assert list(storage.create("toy").path.iterdir()) == []
+    assert sorted(path.name for path in storage.root.iterdir()) == [".deleted-other", "toy"]
+
+
+def test_a_removed_study_takes_the_checkpoints_along_that_lie_on_another_disk(storage: Storage, tmp_path: Path) -> None:
+    folder, disk = create(storage, "toy"), tmp_path / "disk"
+    (disk / "trial-00000" / "epoch-0001").mkdir(parents=True)
+    (disk / "trial-00000" / "epoch-0001" / "model").write_bytes(b"x" * 97)
+    for name in ("trial-notes", "thesis"):
+        (disk / name).write_text("someone else's")
+    (disk / "trial-00001").symlink_to(tmp_path)
+    folder.checkpoints.root.symlink_to(disk)
+    assert folder.remove() == 100
+    assert sorted(path.name for path in disk.iterdir()) == ["thesis", "trial-00001", "trial-notes"]
+    assert list(storage.root.iterdir()) == []
+
+
+def test_a_study_that_is_a_link_is_not_deleted_and_the_way_is_told(storage: Storage, tmp_path: Path) -> None:
+    create(Storage(tmp_path / "disk"), "large")
+    storage.root.mkdir()
+    (storage.root / "toy").symlink_to(tmp_path / "disk" / "large")
+    with pytest.raises(StorageError, match=f"tune-service delete large --storage {tmp_path}/disk`, then `rm "):
+        storage.study("toy").remove()
+    assert storage.study("toy").journal.exists()
+
+
+def test_a_link_in_the_place_of_a_cut_off_deletion_is_not_followed(storage: Storage, tmp_path: Path) -> None:
+    create(Storage(tmp_path), "other").logs.mkdir()
+    folder = create(storage, "toy")
+    (storage.root / ".deleted-toy").symlink_to(tmp_path / "other")
+    folder.remove()
+    assert list(storage.root.iterdir()) == []
+    assert Storage(tmp_path).study("other").logs.is_dir()
 
 
 def test_logs_come_by_trial_and_rank(storage: Storage) -> None:

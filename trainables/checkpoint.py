@@ -99,6 +99,17 @@ class CheckpointStore(Checkpoints):
                     total += Path(folder, name).stat().st_size
         return total
 
+    def elsewhere(self) -> list[Path]:
+        """The trials' folders where the store is a link, as to a larger disk: whoever removes that leaves them there.
+
+        Nothing else of the folder that it leads to: that may be any.
+        """
+        if not self.root.is_symlink():
+            return []
+        root = self.root.resolve()
+        folders = (root / self.folder(trial, 0).parent.name for trial in self._trials())
+        return [folder for folder in folders if folder.is_dir()]
+
     def folder(self, trial: int, epoch: int) -> Path:
         return self.root / f"trial-{trial:05d}" / f"epoch-{epoch:04d}"
 

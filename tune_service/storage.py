@@ -21,6 +21,7 @@ from tune_service.errors import (
     StudyExistsError,
     StudyNotFoundError,
 )
+from tune_service.home import STUDY_NAME
 from tune_service.lease import Lease, is_held, taken
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ class StudyFolder:
 
     poll_s = 0.5
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
-        self.name = path.name
+        self.name = path.name if name is None else name
         self.journal, self.pointer = (path / name for name in RECORDS)
         """Where the record lies that is in a database; the study has no journal then."""
         self.journal_lock = path / "record.lock"
@@ -67,7 +68,15 @@ class StudyFolder:
         self.where = str(path)
         self.logs_where = str(self.logs)
 
+    @property
+    def is_doomed(self) -> bool:
+        """Whether its deletion has begun: it lies out of sight."""
+        return self.path.name != self.name
+
     def open_record(self, lease: Lease | None = None) -> tuple[RecordStorage, str]:
+        if self.is_doomed:
+            expected = f"`tune-service delete {self.name}`, which goes on with that"
+            raise StorageError(Problem(self.name, "is a study that is there whole", "it is being deleted", expected))
         if not self.pointer.exists():
             from tune_service.journal import Journal
 
@@ -133,13 +142,20 @@ class StudyFolder:
             erase(self.pointer)
 
     def remove(self) -> int:
+        if self.is_doomed:
+            return _removed(self.path)
+        if self.path.is_symlink():
+            target = self.path.resolve()
+            expected = f"`tune-service delete {target.name} --storage {target.parent}`, then `rm {self.path}`"
+            raise StorageError(Problem(self.name, "is a folder where it is deleted", f"a link to {target}", expected))
         self.erase_record()
-        num_bytes = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
-        doomed = self.path.with_name(f".deleted-{self.path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed = _doomed_place(self.path)
+        if doomed.is_symlink():  # what it leads to may be anybody's
+            doomed.unlink()
+        elif doomed.exists():
+            _removed(doomed)
         self.path.rename(doomed)  # out of sight first: the name is free again, whatever is left
-        shutil.rmtree(doomed)
-        return num_bytes
+        return _removed(doomed)
 
 
 class Storage:
@@ -163,6 +179,8 @@ class Storage:
         """An existing study. StudyNotFoundError otherwise."""
         # Among those that are there: a name such as `..` would lead to another folder.
         studies = {study.name: study for study in self.studies()}
+        if name not in studies and (doomed := self._doomed(name)) is not None:
+            return doomed
         if name not in studies:
             raise StudyNotFoundError.among(name, self.root, studies)
         return studies[name]
@@ -223,8 +241,17 @@ class Storage:
             place = place.parent
         return place
 
+    def _doomed(self, name: str) -> StudyFolder | None:
+        """What a killed deleter has left of a study."""
+        place = _doomed_place(self.root / name)
+        is_left = STUDY_NAME.fullmatch(name) and place.is_dir() and not place.is_symlink()
+        return StudyFolder(place, name) if is_left else None
+
     def create(self, name: str) -> StudyFolder:
         folder = self.check_free(name)
+        if (doomed := self._doomed(name)) is not None:
+            with suppress(UserError, OSError), doomed.driving():  # what cannot be removed is in nobody's way
+                doomed.remove()
         try:
             folder.path.mkdir(parents=True)
         except OSError as error:
@@ -233,6 +260,22 @@ class Storage:
                 Problem("--storage", "is a folder that can be written", str(error), "another --storage")
             ) from error
         return folder
+
+
+def _doomed_place(path: Path) -> Path:
+    """Where a study's folder lies while it is deleted."""
+    return path.with_name(f".deleted-{path.name}")
+
+
+def _removed(folder: Path) -> int:
+    """Removes a study that is out of sight. Returns its size in bytes."""
+    elsewhere = CheckpointStore(folder / "checkpoints").elsewhere()
+    files = (path for place in (folder, *elsewhere) for path in place.rglob("*") if path.is_file())
+    num_bytes = sum(path.stat().st_size for path in files)
+    large = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    for place in (*elsewhere, *large, folder):  # the lock at the end: it keeps a second deleter out
+        shutil.rmtree(place)
+    return num_bytes
 
 
 def expanded(path: Path, option: str) -> Path:
