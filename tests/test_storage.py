@@ -35,6 +35,13 @@ def create(storage: Storage, name: str) -> StudyFolder:
     return folder
 
 
+def half_made(storage: Storage, name: str) -> StudyFolder:
+    """What SIGKILL leaves of a study that has no record yet."""
+    folder = storage.create(name)
+    folder.driver_lock.write_text("1234 on node 0123456789abcdef\n")
+    return folder
+
+
 def test_a_storage_that_does_not_exist_yet_has_no_studies(storage: Storage) -> None:
     assert storage.studies() == []
     with pytest.raises(StudyNotFoundError, match="no study yet"):
@@ -95,6 +102,61 @@ def test_a_folder_of_someone_elses_is_a_taken_name_too(storage: Storage) -> None
     (storage.root / "toy").mkdir(parents=True)
     with pytest.raises(StudyExistsError):
         storage.check_free("toy")
+
+
+def test_a_name_is_free_again_when_its_study_was_killed_before_it_had_a_record(storage: Storage) -> None:
+    folder = storage.create("toy")
+    with driven(folder) as process:
+        with pytest.raises(StudyExistsError):
+            storage.create("toy")
+        process.kill()
+        process.wait()
+    for name in ("record.lock", "record.new"):
+        (folder.path / name).write_text("")
+    (folder.path / "shipped").mkdir()
+    storage.check_free("toy")
+    assert folder.driver_lock.exists(), "who looks removes nothing"
+    assert list(storage.create("toy").path.iterdir()) == []
+    assert [path.name for path in storage.root.iterdir()] == ["toy"]
+
+
+@pytest.mark.parametrize("name", ["record.journal", "record.json", "checkpoints", "logs", "thesis.txt"])
+def test_a_folder_that_holds_more_than_a_beginning_is_never_taken(storage: Storage, name: str) -> None:
+    folder = half_made(storage, "toy")
+    (folder.path / name).write_text("years of work")
+    with pytest.raises(StudyExistsError):
+        storage.create("toy")
+    assert not folder.give_way(), "it came after the first look"
+    assert (folder.path / name).read_text() == "years of work"
+
+
+def test_a_study_that_is_just_being_made_is_in_nobodys_reach(storage: Storage, tmp_path: Path) -> None:
+    folder = storage.create("toy")
+    folder.driver_lock.write_text("")  # its maker is about to lock it
+    half_made(Storage(tmp_path), "other")
+    (storage.root / "link").symlink_to(tmp_path / "other")
+    for name in ("toy", "link"):
+        with pytest.raises(StudyExistsError):
+            storage.create(name)
+    assert not folder.give_way()
+
+
+def test_of_two_that_make_a_half_made_study_anew_one_gets_it(storage: Storage) -> None:
+    command = [sys.executable, "-c", MAKE, str(storage.root)]
+    makers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for number in range(20):
+            half_made(storage, f"toy-{number}")
+            for maker in makers:
+                assert maker.stdin is not None
+                print(f"toy-{number}", file=maker.stdin, flush=True)
+            answers = [maker.stdout.readline().strip() for maker in makers if maker.stdout is not None]
+            assert sorted(answers) == ["StudyExistsError", "made"]
+            assert storage.study(f"toy-{number}").driver_is_alive()
+    finally:
+        for maker in makers:
+            maker.kill()
+            maker.communicate()
 
 
 def test_looking_whether_a_storage_can_be_written_writes_nothing(storage: Storage) -> None:
@@ -224,6 +286,22 @@ def test_logs_come_by_trial_and_rank(storage: Storage) -> None:
 
 # ---- the lease
 
+MAKE = """
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from tune_service.errors import UserError
+from tune_service.storage import Storage
+with ExitStack() as driving:
+    for line in sys.stdin:
+        try:
+            folder = Storage(Path(sys.argv[1])).create(line.strip())
+            driving.enter_context(folder.driving())
+            folder.journal.write_text("{}\\n")
+            print("made", flush=True)
+        except UserError as error:
+            print(type(error).__name__, flush=True)
+"""
 DRIVE = """
 import sys, time
 from pathlib import Path

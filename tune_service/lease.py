@@ -171,6 +171,26 @@ def taken(path: Path, journal_lock: Path, tell: Callable[[str], None]) -> Iterat
 
 
 @contextmanager
+def left_behind(path: Path) -> Iterator[bool]:
+    """Whether a driver had this lock file and has it no more; nobody else has it then, nor takes it for a silent one's.
+
+    One without a name in it is about to be locked by the process that has just made it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        is_left = _lock_patiently(descriptor, LOOK_PATIENCE_S) and _is_named(descriptor, path)
+        if is_left:
+            os.utime(descriptor)
+        yield is_left
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the kernel's lock on a file, which ends with its holder."""
     descriptor = _open(path)
@@ -195,6 +215,15 @@ def _open(path: Path) -> int:
             raise
         found = "a symbolic link"
         raise StorageError(Problem(str(path), "is a file of this study's folder", found, "a plain file")) from error
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether a lock file names a driver, and is still the one at its path."""
+    own = os.fstat(descriptor)
+    try:
+        return own.st_size > 0 and os.path.samestat(own, path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _others(path: Path, what: str, error: OSError) -> StorageError:

@@ -22,7 +22,7 @@ from tune_service.errors import (
     StudyNotFoundError,
 )
 from tune_service.home import STUDY_NAME
-from tune_service.lease import Lease, is_held, taken
+from tune_service.lease import Lease, is_held, left_behind, taken
 
 if TYPE_CHECKING:
     from optuna.study import StudyDirection
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 RECORDS = ("record.journal", "record.json")
 """A folder with one of these is a study: the record itself, or where it is."""
+
+_HALF_MADE = {"driver.lock", "record.lock", "record.new", "shipped"}
+"""All that there may be of a study before its record."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,28 @@ class StudyFolder:
 
         return origins(self._shipped)
 
+    def is_half_made(self) -> bool:
+        """Whether a process was killed while it made this study: there is nothing but its beginning."""
+        try:
+            is_begun = not self.path.is_symlink() and self._holds_a_beginning()
+            return is_begun and self.driver_lock.stat().st_size > 0 and not self.driver_is_alive()
+        except OSError:  # no folder, or another process makes the study anew at this moment
+            return False
+
+    def _holds_a_beginning(self) -> bool:
+        return {path.name for path in self.path.iterdir()} <= _HALF_MADE
+
+    def give_way(self) -> bool:
+        """Makes a half-made study's name free. False: it is another one's now, who makes a study of that name."""
+        doomed = _doomed_place(self.path)
+        with left_behind(self.driver_lock) as is_left:
+            if not (is_left and self._holds_a_beginning()):
+                return False
+            self.path.rename(doomed)
+            with suppress(OSError):
+                _removed(doomed)
+        return True
+
     def abandon(self) -> None:
         with suppress(RecordUnavailableError, StorageError):
             self.erase_record()
@@ -188,7 +213,7 @@ class Storage:
     def check_free(self, name: str) -> StudyFolder:
         """The folder for a new study, nothing written yet. StudyExistsError when the name is taken."""
         folder = StudyFolder(self.root / name)
-        if folder.path.exists():
+        if folder.path.exists() and not folder.is_half_made():
             raise StudyExistsError.of(name, folder.path)
         return folder
 
@@ -253,6 +278,8 @@ class Storage:
             with suppress(UserError, OSError), doomed.driving():  # what cannot be removed is in nobody's way
                 doomed.remove()
         try:
+            if folder.path.exists() and not folder.give_way():
+                raise StudyExistsError.of(name, folder.path)
             folder.path.mkdir(parents=True)
         except OSError as error:
             self.check_free(name)  # another process may have made it at this moment
