@@ -7,18 +7,35 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from trainables.far import SCRATCH
-from tune_service.local_ray import LOCK, _end_all, _end_processes_of, _is_of, interrupts_put_off, scratch_folder
+from trainables.far import SCRATCH, held_folder
+from tune_service.local_ray import (
+    LOCK,
+    _adopt_orphans,
+    _end_all,
+    _end_processes_of,
+    _is_of,
+    interrupts_put_off,
+    scratch_folder,
+)
 
 OWNER = """
-import subprocess, sys, time
-from tune_service.local_ray import LOCK, scratch_folder
-with scratch_folder() as scratch:
+import os, signal, subprocess, sys, time
+import tune_service.local_ray as local_ray
+local_ray._scratch_root = lambda: sys.argv[1]
+start_guard = local_ray._guard
+if sys.argv[2] == "alone":  # its guard is killed with it
+    def guard(scratch):
+        guard = start_guard(scratch)
+        guard.kill()
+        return guard
+    local_ray._guard = guard
+with local_ray.scratch_folder() as scratch:
     (scratch / "session").mkdir()
     (scratch / "session" / "log").write_text("a line")
     # As Ray's processes do: one starts another, in a session of its own.
@@ -38,12 +55,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def killed_owner(root: Path) -> Path:
+def killed_owner(root: Path, has_guard: bool = False) -> Path:
     """The scratch folder of a driver that was killed, and whose processes run on."""
-    code = OWNER.replace(
-        "with scratch", f"import tune_service.local_ray as l; l._scratch_root = lambda: {str(root)!r}\nwith scratch"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+    arguments = [sys.executable, "-c", OWNER, str(root), "guarded" if has_guard else "alone"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         scratch = Path(owner.stdout.readline().strip())
         os.kill(owner.pid, signal.SIGKILL)
@@ -64,6 +79,20 @@ def test_a_scratch_folder_goes_with_its_study(root: Path) -> None:
     assert list(root.iterdir()) == []
 
 
+def test_what_a_killed_driver_left_is_ended_and_removed_at_once(root: Path) -> None:
+    """Though this process is one that orphans become children of, as a session's or a container's init is."""
+    _adopt_orphans()
+    left = killed_owner(root, has_guard=True)
+    try:
+        end = time.monotonic() + 10
+        while (left.exists() or processes_of(left)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not left.exists()
+        assert processes_of(left) == []
+    finally:
+        _end_processes_of(left)
+
+
 def test_what_a_killed_driver_left_is_ended_and_removed_by_the_next_study(root: Path) -> None:
     left = killed_owner(root)
     try:
@@ -82,10 +111,15 @@ def test_nothing_else_in_the_temporary_folder_is_touched(root: Path, of_others: 
     other.mkdir()
     (other / "thesis.txt").write_text("kept")
     (other / LOCK).touch() if of_others == "a lock of theirs" else os.mkfifo(other / LOCK)
-    (root / "tune-link1234").symlink_to(other)
+    far = root / "far"
+    far.mkdir()
+    place, descriptor = held_folder(far, "tune-", LOCK)
+    os.close(descriptor)
+    (root / "tune-link1234").symlink_to(place)
     with scratch_folder():
         pass
     assert (other / "thesis.txt").read_text() == "kept"
+    assert place.exists(), "nobody's, but in another folder"
 
 
 def test_a_process_whose_number_another_one_had_before_is_ended_too(root: Path) -> None:

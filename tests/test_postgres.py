@@ -105,7 +105,7 @@ def test_optunas_own_tools_read_it(url: str, tmp_path: Path) -> None:
     study.finish(0)
     pointer = json.loads((tmp_path / "studies/toy/record.json").read_text())
     assert pointer["url"] == url and pointer["study"].startswith("toy-")
-    storage = RDBStorage(url.replace("postgresql:", "postgresql+psycopg:"))
+    storage = RDBStorage(url)
     (trial,) = optuna.load_study(study_name=pointer["study"], storage=storage).trials
     assert (trial.value, trial.intermediate_values) == (0.5, {1: 0.5})
     assert trial.user_attrs["report:1"]["metrics"] == {"score": 0.5}

@@ -236,10 +236,10 @@ def test_a_deletion_that_was_cut_off_is_gone_on_with(storage: Storage, monkeypat
 
 
 def test_a_new_study_removes_what_is_left_of_the_one_that_had_its_name(storage: Storage) -> None:
-    create(storage, "toy").path.rename(storage.root / ".deleted-toy")
-    create(storage, "other").path.rename(storage.root / ".deleted-other")
+    create(storage, "toy").path.rename(storage.root / ".deleted-toy~1")
+    create(storage, "other").path.rename(storage.root / ".deleted-other~1")
     assert list(storage.create("toy").path.iterdir()) == []
-    assert sorted(path.name for path in storage.root.iterdir()) == [".deleted-other", "toy"]
+    assert sorted(path.name for path in storage.root.iterdir()) == [".deleted-other~1", "toy"]
 
 
 def test_a_removed_study_takes_the_checkpoints_along_that_lie_on_another_disk(storage: Storage, tmp_path: Path) -> None:
@@ -266,10 +266,11 @@ def test_a_study_that_is_a_link_is_not_deleted_and_the_way_is_told(storage: Stor
 
 def test_a_link_in_the_place_of_a_cut_off_deletion_is_not_followed(storage: Storage, tmp_path: Path) -> None:
     create(Storage(tmp_path), "other").logs.mkdir()
-    folder = create(storage, "toy")
-    (storage.root / ".deleted-toy").symlink_to(tmp_path / "other")
-    folder.remove()
-    assert list(storage.root.iterdir()) == []
+    storage.root.mkdir()
+    (storage.root / ".deleted-toy~1").symlink_to(tmp_path / "other")
+    storage.create("toy")
+    with pytest.raises(StudyNotFoundError):
+        storage.study("toy")
     assert Storage(tmp_path).study("other").logs.is_dir()
 
 

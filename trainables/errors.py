@@ -11,6 +11,7 @@ from trainables.redaction import redacted
 
 MOST_SAID = 2_000
 """Characters of an exception's text, at most."""
+CUT = 500
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ def text_of(error: BaseException) -> str:
 def in_words(error: BaseException) -> str:
     """The class and the text of an exception, without secrets: only what a terminal prints as it is, and not all of
     what is very long."""
-    text = text_of(error)
-    shown = printed(redacted(text[: 4 * MOST_SAID]).strip())  # what is cut in two by the first cut, the second drops
-    if len(shown) > MOST_SAID:
+    text = text_of(error).strip()
+    shown = printed(redacted(text[: 4 * MOST_SAID]))
+    if len(text) > 4 * MOST_SAID:
+        shown = shown[:-CUT]  # there may be half a secret
+    if len(text) > MOST_SAID:
         shown = f"{shown[:MOST_SAID]}... ({len(text)} characters)"
     return f"{type(error).__name__}{': ' if shown else ''}{shown}"
 

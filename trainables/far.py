@@ -111,9 +111,7 @@ class FarFiles:
             place = scratch_place()
             for other in place.glob(f"{_PREFIX}*"):
                 _remove_unheld(other)
-            new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
-            new_lock(new / "lock")  # never closed
-            self._root = new.rename(place / new.name[1:])  # others see it only when it is held
+            self._root, _ = held_folder(place, _PREFIX, "lock")
             atexit.register(self._remove_at_exit, os.getpid())
         return self._root
 
@@ -153,17 +151,23 @@ def _remove_unheld(folder: Path) -> None:
         return
 
 
-def new_lock(path: Path) -> int:
-    """A file that this process holds until it closes the descriptor or is gone, however it went."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(descriptor, _OURS)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
+def held_folder(place: Path, prefix: str, lock: str) -> tuple[Path, int]:
+    """A new folder, with a lock in it that this process holds until it closes the descriptor or is gone, however it
+    went."""
+    new = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=place))
+    try:
+        descriptor = os.open(new / lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(descriptor, _OURS)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return new.rename(place / new.name[1:]), descriptor  # others see it only when it is held
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def left_lock(path: Path) -> BinaryIO:
     """The lock of a process that is gone. OSError where one holds it, and where it is none that this user's processes
-    made by `new_lock`: others keep files of that name in the temporary folder too."""
+    made by `held_folder`: others keep files of that name in the temporary folder too."""
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")
     try:
         found = os.fstat(file.fileno())

@@ -113,9 +113,11 @@ class RankActor(RankWorker):
         if self._task is None or SCRATCH in os.environ:  # a study's own Ray has no dashboard
             return
         path = self._task.log_file(self._rank)
-        end = path.stat().st_size if path.exists() else 0
-        text = _read(path, max(self._shown, end - MOST_SHOWN_BYTES))
-        self._shown = max(self._shown, end)
+        begin = max(self._shown, (path.stat().st_size if path.exists() else 0) - MOST_SHOWN_BYTES)
+        text = _read(path, begin)
+        if begin > self._shown:
+            text = text.partition(b"\n")[2]  # of half a line nobody knows whether it is half a secret
+        self._shown = begin + len(text)
         name = f"trial {self._task.number} rank {self._rank} | "
         lines = "".join(f"{name}{line}\n" for line in redacted(text.decode(errors="replace")).splitlines())
         with suppress(OSError):

@@ -128,11 +128,13 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._is_left = True
 
     def cleanup(self) -> None:
-        if self._group is not None:
-            self._group.leave()
-        self._drop_group()
-        self._logs.put()
-        own_files.remove()
+        try:
+            if self._group is not None:
+                self._group.leave()
+        finally:
+            self._drop_group()
+            self._logs.put()
+            own_files.remove()
 
     def _failure(self, reason: str, error: Exception) -> dict[str, Any]:
         self._begun = False

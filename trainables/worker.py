@@ -265,7 +265,7 @@ def _number(name: str, value: object) -> float:
     try:
         if not isinstance(value, str | bytes):
             return float(value)  # type: ignore[arg-type]
-    except Exception:
+    except (TypeError, ValueError, OverflowError):  # others are a GPU's that come to light here
         pass
     found = f"{name} is {_shown(value)}"
     raise TrainableError(
@@ -284,7 +284,7 @@ def _log_to(path: Path) -> None:
     """Sends this process's standard output and error, of C libraries too, to a log file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # the trial before may have closed it
+        with suppress(OSError, ValueError, AttributeError):  # the trial before may have closed or replaced it
             stream.flush()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
@@ -303,9 +303,9 @@ class _plain_errors:  # noqa: N801  (reads as a statement)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Ctrl-C and what Ray ends this process by say nothing of the trial.
-        is_of_it = not isinstance(error, KeyboardInterrupt) and not hasattr(error, "is_ray_terminate")
+        is_of_it = not isinstance(error, KeyboardInterrupt) and not hasattr(error, "ray_terminate_msg")
         if error is not None and is_of_it:
-            with suppress(OSError, ValueError):  # the log's own disk may be full
+            with suppress(OSError, ValueError, AttributeError):  # the log's own disk may be full
                 text = redacted("".join(traceback.format_exception(error)))
                 sys.stderr.write(text.encode(errors="backslashreplace").decode())
                 sys.stderr.flush()

@@ -131,7 +131,8 @@ class InProcessWorkerGroup(WorkerGroup):
             self._worker.save(str(folder), model_alone)
 
     def leave(self) -> None:
-        self._worker.end()
+        with suppress(TrialError):
+            self._worker.end()
 
     def shutdown(self) -> None:
         self._worker.end()

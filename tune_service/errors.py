@@ -27,9 +27,9 @@ class StudyExistsError(UserError):
     """The storage has a study of this name already."""
 
     @classmethod
-    def of(cls, name: str, place: object) -> Self:
-        """`place`: where the study lies that has the name."""
-        expected = f"another name (--name), or `tune-service resume {name}`"
+    def of(cls, name: str, place: object, is_study: bool = True) -> Self:
+        """`place`: what has the name; a study, or something that nobody knows."""
+        expected = f"another name (--name), or `tune-service resume {name}`" if is_study else "another name (--name)"
         return cls(Problem("name", "is not taken in the storage", f"{place} exists", expected))
 
 
@@ -50,10 +50,11 @@ class AddressError(UserError):
 
 
 class InterruptedCommandError(UserError):
-    """Ctrl-C, where something goes on, or can be gone on with: its problem expects that."""
+    """Ctrl-C, or a signal that ends a command as that does, where something goes on or can be gone on with."""
 
-    def __init__(self, expected: str) -> None:
-        super().__init__(Problem("", "the command runs to its end", "Ctrl-C", expected))
+    def __init__(self, expected: str, signal: str = "Ctrl-C") -> None:
+        """`expected`: what goes on, or how to go on with it."""
+        super().__init__(Problem("", "the command runs to its end", signal, expected))
 
 
 class CommandError(UserError):

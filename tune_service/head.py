@@ -25,6 +25,7 @@ from tune_service.errors import CommandError, error_json, exit_code
 from tune_service.frames import encode
 from tune_service.home import StudyStorage
 from tune_service.status import StudyView
+from tune_service.storage import expanded
 from tune_service.storages import open_storage
 from tune_service.studies import LocalStudies, to_ranges
 from tune_service.terminal import shown_stream
@@ -80,7 +81,7 @@ def _same_version(request: Mapping[str, Any]) -> None:
 def storage_of(request: Mapping[str, Any]) -> StudyStorage:
     """What the laptop says, else what the head's environment says, else a folder of the head's user."""
     root = request.get("storage") or os.environ.get("TUNE_SERVICE_STORAGE") or DEFAULT_STORAGE
-    return open_storage(root if is_url(root) else str(Path.home() / Path(root).expanduser()))
+    return open_storage(root if is_url(root) else str(Path.home() / expanded(Path(root), "--storage")))
 
 
 def _list(request: Mapping[str, Any], storage: StudyStorage, answer: Answer) -> None:

@@ -58,6 +58,9 @@ class StudyHome(Protocol):
     def poll_s(self) -> float:
         """How often it is worth a look."""
 
+    def is_doomed(self) -> bool:
+        """Whether its deletion has begun."""
+
     def open_record(self, lease: Lease | None = None) -> tuple[RecordStorage, str]:
         """The record, and the name that the study has in there.
 

@@ -7,6 +7,8 @@ import ctypes
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,7 +20,7 @@ from types import FrameType
 
 import psutil
 
-from trainables.far import SCRATCH, left_lock, new_lock
+from trainables.far import SCRATCH, held_folder, left_lock
 
 PR_SET_CHILD_SUBREAPER = 36
 LOCK = ".lock"
@@ -72,13 +74,10 @@ def scratch_folder() -> Iterator[Path]:
     _adopt_orphans()
     root = Path(_scratch_root())
     for lock in root.glob(f"tune-*/{LOCK}"):
-        with contextlib.suppress(OSError), left_lock(lock):
-            _end_processes_of(lock.parent)
-            _remove(lock.parent)
-    new = Path(tempfile.mkdtemp(prefix=".tune-", dir=root))
-    descriptor = new_lock(new / LOCK)
-    scratch = new.rename(root / new.name[1:])  # others see it only when it is held
+        _clear(lock.parent)
+    scratch, descriptor = held_folder(root, "tune-", LOCK)
     os.environ[SCRATCH] = str(scratch)
+    guard = _guard(scratch)
     try:
         yield scratch
     finally:
@@ -87,6 +86,42 @@ def scratch_folder() -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 _remove(scratch)
             os.close(descriptor)
+            guard.kill()
+            guard.communicate()
+
+
+def _guard(scratch: Path) -> subprocess.Popen[bytes]:
+    """A process that waits for the end of this one, however it comes, and ends what is left of its Ray at once.
+
+    Ray's own processes see that theirs is gone where orphans become children of process 1: not where a user's session
+    or a container has an init of its own. There ranks would hold their GPUs until the next study comes.
+    """
+    code = "import sys; sys.stdin.read(); from tune_service.local_ray import clear_up; clear_up(sys.argv[1])"
+    environment = {name: value for name, value in os.environ.items() if name != SCRATCH}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(scratch)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        cwd="/",
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+
+
+def clear_up(scratch: str) -> None:
+    """Clears up behind a driver that has just ended, as the guard."""
+    end = time.monotonic() + END_S
+    while (Path(scratch) / LOCK).exists() and time.monotonic() < end:
+        _clear(Path(scratch))
+        time.sleep(SETTLE_S)  # the driver's lock goes a moment after the pipe to it
+
+
+def _clear(scratch: Path) -> None:
+    """Ends what is left of a driver that is gone, and removes its scratch folder; nothing while somebody holds that."""
+    with contextlib.suppress(OSError), left_lock(scratch / LOCK):
+        _end_processes_of(scratch)
+        _remove(scratch)
 
 
 @contextmanager
@@ -153,8 +188,13 @@ def _end_all(find: Callable[[], Collection[psutil.Process]]) -> None:
 
 def _is_of(process: psutil.Process, scratch: Path) -> bool:
     try:
-        is_dead = process.status() == psutil.STATUS_ZOMBIE
-        return not is_dead and process.environ().get(SCRATCH) == str(scratch)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if process.environ().get(SCRATCH) == str(scratch):
+            return True
+        # Ray's agents write the names that they give themselves over their environment.
+        is_rays = process.name().startswith("ray::")
+        return is_rays and any(Path(each.path).is_relative_to(scratch) for each in process.open_files())
     except psutil.Error:
         return False
 

@@ -60,5 +60,11 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 def _move_up(whole: Path, out: Path) -> None:
-    for path in sorted(whole.iterdir(), key=lambda path: path.name == _LAST):
-        path.replace(out / path.name)
+    moved = list[Path]()
+    try:
+        for path in sorted(whole.iterdir(), key=lambda path: path.name == _LAST):
+            moved.append(path.replace(out / path.name))
+    except BaseException:
+        for path in moved:
+            path.replace(whole / path.name)
+        raise

@@ -42,7 +42,7 @@ def print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO)
         print(json.dumps(error_json(error), allow_nan=False), file=out, flush=True)
     elif isinstance(error, UserError) and not isinstance(error, InterruptedCommandError):
         for problem in error.problems:
-            print(f"error: {problem.place}: {problem.rule}", file=err)
+            print(f"error: {f'{problem.place}: ' if problem.place else ''}{problem.rule}", file=err)
             print(f"  found:    {problem.found}", file=err)
             print(f"  expected: {problem.expected}", file=err, flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ def rungs(grace_period: int, reduction_factor: float, max_epochs: int) -> list[i
 class Asha:
     """Asynchronous successive halving, the variant that stops and never pauses (Li et al. 2020, arXiv:1810.05934).
 
-    Compares trials by epoch, at each rung by their first reports from there on. The values are a view of the record.
+    Compares trials by epoch, each at the last rung that its report has come to. The values are a view of the record.
     """
 
     grace_period: int
@@ -32,9 +33,9 @@ class Asha:
     maximize: bool
     metric: str
     _values: dict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
-    """Rung -> trial number -> objective at the first report from there on."""
-    _epochs: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """Trial number -> epochs of its reports."""
+    """Rung -> trial number -> objective at the report with which it came there, as the last rung on its way."""
+    _epochs: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Trial number -> epochs of its reports, in order."""
 
     def refill(self, trials: Iterable[TrialStatus]) -> None:
         """Takes the values of a study that goes on."""
@@ -45,7 +46,9 @@ class Asha:
                     self.add(trial.number, report.epoch, value)
 
     def add(self, number: int, epoch: int, value: float) -> None:
-        self._epochs[number].add(epoch)
+        epochs = self._epochs[number]
+        if epoch not in epochs[bisect_left(epochs, epoch) :][:1]:
+            insort(epochs, epoch)
         rung = self._rung(number, epoch)
         if rung is not None:
             self._values[rung][number] = value
@@ -69,7 +72,9 @@ class Asha:
 
     def _rung(self, number: int, epoch: int) -> int | None:
         """The last rung that the trial has come to since its report before: not all report every epoch."""
-        before = max((other for other in self._epochs[number] if other < epoch), default=0)
+        epochs = self._epochs[number]
+        at = bisect_left(epochs, epoch)
+        before = epochs[at - 1] if at else 0
         return max((rung for rung in self._rungs if before < rung <= epoch), default=None)
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 RECORDS = ("record.journal", "record.json")
 """A folder with one of these is a study: the record itself, or where it is."""
 
+_DOOMED = ".deleted-"
 _HALF_MADE = {"driver.lock", "record.lock", "record.new", "shipped"}
 """All that there may be of a study before its record."""
 
@@ -71,13 +73,12 @@ class StudyFolder:
         self.where = str(path)
         self.logs_where = str(self.logs)
 
-    @property
     def is_doomed(self) -> bool:
         """Whether its deletion has begun: it lies out of sight."""
         return self.path.name != self.name
 
     def open_record(self, lease: Lease | None = None) -> tuple[RecordStorage, str]:
-        if self.is_doomed:
+        if self.is_doomed():
             expected = f"`tune-service delete {self.name}`, which goes on with that"
             raise StorageError(Problem(self.name, "is a study that is there whole", "it is being deleted", expected))
         if not self.pointer.exists():
@@ -167,7 +168,7 @@ class StudyFolder:
             erase(self.pointer)
 
     def remove(self) -> int:
-        if self.is_doomed:
+        if self.is_doomed():
             return _removed(self.path)
         if self.path.is_symlink():
             target = self.path.resolve()
@@ -175,10 +176,6 @@ class StudyFolder:
             raise StorageError(Problem(self.name, "is a folder where it is deleted", f"a link to {target}", expected))
         self.erase_record()
         doomed = _doomed_place(self.path)
-        if doomed.is_symlink():  # what it leads to may be anybody's
-            doomed.unlink()
-        elif doomed.exists():
-            _removed(doomed)
         self.path.rename(doomed)  # out of sight first: the name is free again, whatever is left
         return _removed(doomed)
 
@@ -204,8 +201,8 @@ class Storage:
         """An existing study. StudyNotFoundError otherwise."""
         # Among those that are there: a name such as `..` would lead to another folder.
         studies = {study.name: study for study in self.studies()}
-        if name not in studies and (doomed := self._doomed(name)) is not None:
-            return doomed
+        if name not in studies and (doomed := self._doomed(name)):
+            return doomed[0]
         if name not in studies:
             raise StudyNotFoundError.among(name, self.root, studies)
         return studies[name]
@@ -214,7 +211,8 @@ class Storage:
         """The folder for a new study, nothing written yet. StudyExistsError when the name is taken."""
         folder = StudyFolder(self.root / name)
         if folder.path.exists() and not folder.is_half_made():
-            raise StudyExistsError.of(name, folder.path)
+            is_study = any((folder.path / record).exists() for record in RECORDS)
+            raise StudyExistsError.of(name, folder.path, is_study)
         return folder
 
     def check_writable(self) -> None:
@@ -266,20 +264,21 @@ class Storage:
             place = place.parent
         return place
 
-    def _doomed(self, name: str) -> StudyFolder | None:
-        """What a killed deleter has left of a study."""
-        place = _doomed_place(self.root / name)
-        is_left = STUDY_NAME.fullmatch(name) and place.is_dir() and not place.is_symlink()
-        return StudyFolder(place, name) if is_left else None
+    def _doomed(self, name: str) -> list[StudyFolder]:
+        """What killed deleters have left of studies of this name."""
+        places = sorted(self.root.glob(f"{_DOOMED}{name}~*")) if STUDY_NAME.fullmatch(name) else []
+        # What a link leads to may be anybody's.
+        return [StudyFolder(place, name) for place in places if place.is_dir() and not place.is_symlink()]
 
     def create(self, name: str) -> StudyFolder:
         folder = self.check_free(name)
-        if (doomed := self._doomed(name)) is not None:
-            with suppress(UserError, OSError), doomed.driving():  # what cannot be removed is in nobody's way
+        for doomed in self._doomed(name):
+            # What cannot be removed, or is just being, is in nobody's way.
+            with suppress(UserError, OSError), doomed.driving() as lease, lease.beating(lambda why: None):
                 doomed.remove()
         try:
             if folder.path.exists() and not folder.give_way():
-                raise StudyExistsError.of(name, folder.path)
+                raise StudyExistsError.of(name, folder.path, is_study=True)
             folder.path.mkdir(parents=True)
         except OSError as error:
             self.check_free(name)  # another process may have made it at this moment
@@ -290,8 +289,8 @@ class Storage:
 
 
 def _doomed_place(path: Path) -> Path:
-    """Where a study's folder lies while it is deleted."""
-    return path.with_name(f".deleted-{path.name}")
+    """Where a study's folder lies while it is deleted, out of sight; no study's name has a ~."""
+    return path.with_name(f"{_DOOMED}{path.name}~{secrets.token_hex(4)}")
 
 
 def _removed(folder: Path) -> int:

@@ -111,10 +111,10 @@ def delete_study(name: str, storage: StudyStorage) -> int:
     """Removes a study whole. Returns its size in bytes. StudyRunningError while it runs."""
     folder = storage.study(name)
     if folder.driver_is_alive():
-        found = f"{name} is running"
-        raise StudyRunningError(
-            Problem("STUDY", "a running study is not deleted", found, f"`tune-service stop {name}`")
-        )
+        found, expected = f"{name} is running", f"`tune-service stop {name}`"
+        if folder.is_doomed():
+            found, expected = f"another process deletes {name}", "patience"
+        raise StudyRunningError(Problem("STUDY", "a study in use is not deleted", found, expected))
     with folder.driving() as lease, lease.beating(lambda why: None):  # without beats it is another deleter's turn
         return folder.remove()
 
@@ -171,7 +171,8 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
             raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
         if isinstance(error, KeyboardInterrupt):
             reason = "interrupted by the user"
-            raise InterruptedCommandError(f"`tune-service resume {spec.name}` goes on") from error
+            goes_on = f"`tune-service resume {spec.name}` goes on"
+            raise InterruptedCommandError(goes_on, str(error) or "Ctrl-C") from error
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
         reason = f"interrupted: {what}"
         if isinstance(error, StorageUnavailableError) or storage_is_away(error):

@@ -122,7 +122,7 @@ WAYS = {
     "epoch 0": "counts its epochs up from 1; found epoch 0",
     "epoch twice": "counts its epochs up from 1; found epoch 1 after epoch 1",
     "two minds": "the ranks disagree on the epoch of their report: [1, 2]",
-    "word for number": "could not convert string to float: 'good'",
+    "word for number": "reports metrics that are numbers; found score is 'good'",
 }
 
 

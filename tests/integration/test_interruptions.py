@@ -12,6 +12,8 @@ import pytest
 from program import Command, Program, scores, wait_until
 from toys import curve, read_notes
 
+from tune_service.local_ray import _adopt_orphans
+
 
 def held(x: float, epoch: int) -> dict[str, Any]:
     """A spec's changes by which a trial waits in an epoch, the first time that it comes there."""
@@ -102,18 +104,21 @@ def test_a_study_can_be_interrupted_while_ray_starts(program: Program, way: sign
 
 
 def test_a_killed_driver_takes_its_ray_along_and_the_study_goes_on(program: Program) -> None:
-    """T2: stock parts forget ASHA's rungs and leave a trial RUNNING for ever."""
+    """T2: stock parts forget ASHA's rungs and leave a trial RUNNING for ever.
+
+    This process takes orphans in, as a user's session or a container's init does: Ray's own would then go on.
+    """
+    _adopt_orphans()
     command = start_held(program, "killed", x=1, epoch=3)
     command.send(signal.SIGKILL)
     assert command.wait().code == -signal.SIGKILL
-    wait_until(lambda: not program.processes(), 15, "the end of Ray's processes")
+    wait_until(lambda: not program.leftovers(), 10, "the end of Ray's processes and of its files")
 
     status = program.json("status", "killed")
     assert status["state"] == "interrupted"
     assert [trial["state"] for trial in status["trials"]] == ["completed", "paused"]
     assert status["trials"][1]["reason"] == "interrupted: the driver is gone"
 
-    assert len(list(program.scratch.glob("tune-*"))) == 1, "it could not remove its scratch folder"
     check_gone_on(program, "killed", program.json("resume", "killed"), epochs=[1, 2, 3, 3, 4])
     assert program.leftovers() == []
 
@@ -293,4 +298,4 @@ def test_nothing_ran_twice_at_once(program: Program) -> None:
             assert note.epoch == epoch + 1 or (note.epoch <= epoch + 1 and note.pid != pid)
             assert note.pid not in gone[trial]
             last[trial] = note.epoch, note.pid
-    assert len(last) > 10 and any(gone.values()), "there is something to look at"
+    assert any(gone.values()), "there is something to look at"
