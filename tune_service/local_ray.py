@@ -146,7 +146,7 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
                 object_store_memory=100_000_000,
                 _temp_dir=str(scratch),
             )
-        with _watched(on_lost):
+        with _watched(on_lost, others):
             yield
     finally:
         with undisturbed():
@@ -211,9 +211,9 @@ def _remove(scratch: Path) -> None:
 
 
 @contextmanager
-def _watched(on_lost: Callable[[str], None]) -> Iterator[None]:
-    """Looks every second whether Ray's two servers live."""
-    servers = [each for each in psutil.Process().children() if each.name() in SERVERS]
+def _watched(on_lost: Callable[[str], None], others: set[psutil.Process]) -> Iterator[None]:
+    """Looks every second whether Ray's two servers live. `others`: children that were there before, orphans perhaps."""
+    servers = [each for each in psutil.Process().children() if each.name() in SERVERS and each not in others]
     end = threading.Event()
 
     def look() -> None:
