@@ -96,10 +96,12 @@ def _guard(scratch: Path) -> subprocess.Popen[bytes]:
     Ray's own processes see that theirs is gone where orphans become children of process 1: not where a user's session
     or a container has an init of its own. There ranks would hold their GPUs until the next study comes.
     """
-    code = "import sys; sys.stdin.read(); from tune_service.local_ray import clear_up; clear_up(sys.argv[1])"
+    package = Path(__file__).resolve().parent.parent
+    wait = "import sys; sys.stdin.read(); sys.path.insert(0, sys.argv[1])"
+    code = f"{wait}; from tune_service.local_ray import clear_up; clear_up(sys.argv[2])"
     environment = {name: value for name, value in os.environ.items() if name != SCRATCH}
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", code, str(scratch)],
+        [sys.executable, "-P", "-c", code, str(package), str(scratch)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
