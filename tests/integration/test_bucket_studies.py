@@ -142,7 +142,12 @@ def test_logs_are_there_while_the_study_runs(program: Program) -> None:
     program.release("logged")
     command.wait()
     found = follow.wait()
-    assert found.out.splitlines() == ["trial-00001-rank-0: rank 0 is about to hold"]
+    assert found.out.splitlines() == [
+        *(f"trial-00000-rank-0: epoch {epoch} of x=0" for epoch in (1, 2, 3)),
+        *(f"trial-00001-rank-0: epoch {epoch} of x=1" for epoch in (1, 2)),
+        "trial-00001-rank-0: rank 0 is about to hold",
+        "trial-00001-rank-0: epoch 3 of x=1",
+    ]
 
 
 @pytest.mark.parametrize(
