@@ -377,6 +377,17 @@ def test_ctrl_c_is_no_failure_of_a_trial(begun: Callable[..., RankWorker]) -> No
 # ---- what the dashboard shows of a log
 
 
+def shown_of_two_reports(task: Task, ray_log: Path) -> str:
+    """What a rank writes into the log that Ray keeps of its process."""
+    descriptor = os.open(ray_log, os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.close(descriptor)
+    rank = RankActor(0, 1, uses_gpu=False)
+    rank.begin(task)
+    rank.next_report(), rank.next_report()
+    return ray_log.read_text()
+
+
 @pytest.mark.parametrize(
     ("is_own_ray", "most", "expected"),
     [
@@ -391,13 +402,7 @@ def test_the_dashboard_has_a_copy_of_the_log_lines(
     monkeypatch.setattr("trainables.rank_actor.MOST_SHOWN_BYTES", most)
     if is_own_ray:
         monkeypatch.setenv(SCRATCH, str(tmp_path))
-    shown = os.open(tmp_path / "shown", os.O_CREAT | os.O_WRONLY)
-    os.dup2(shown, 1)
-    os.close(shown)
-    rank = RankActor(0, 1, uses_gpu=False)
-    rank.begin(task)
-    rank.next_report(), rank.next_report()
-    assert (tmp_path / "shown").read_text() == expected
+    assert shown_of_two_reports(task, tmp_path / "shown") == expected
     assert log(task) == "rank 0 at epoch 1\nrank 0 at epoch 2\n"
 
 
@@ -406,14 +411,8 @@ def test_of_very_many_lines_the_dashboard_has_the_last_whole_ones(
 ) -> None:
     monkeypatch.setattr("trainables.rank_actor.MOST_SHOWN_BYTES", 30)
     monkeypatch.setattr("trainables.worker.resolve", lambda *_: chatty)
-    shown = os.open(tmp_path / "shown", os.O_CREAT | os.O_WRONLY)
-    os.dup2(shown, 1)
-    os.close(shown)
-    rank = RankActor(0, 1, uses_gpu=False)
-    rank.begin(task)
-    rank.next_report(), rank.next_report()
     expected = "trial 3 rank 0 | epoch 1, last line\ntrial 3 rank 0 | epoch 2, last line\n"
-    assert (tmp_path / "shown").read_text() == expected
+    assert shown_of_two_reports(task, tmp_path / "shown") == expected
 
 
 def chatty(context: Context) -> Iterator[Report]:
