@@ -12,6 +12,7 @@ from trainables.redaction import redacted
 MOST_SAID = 2_000
 """Characters of an exception's text, at most."""
 CUT = 500
+"""Characters that are left out before a cut, more than a secret has: half of one would not be found."""
 
 
 @dataclass(frozen=True)

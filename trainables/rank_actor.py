@@ -115,9 +115,9 @@ class RankActor(RankWorker):
         path = self._task.log_file(self._rank)
         begin = max(self._shown, (path.stat().st_size if path.exists() else 0) - MOST_SHOWN_BYTES)
         text = _read(path, begin)
-        if begin > self._shown:
+        is_cut, self._shown = begin > self._shown, begin + len(text)
+        if is_cut:
             text = text.partition(b"\n")[2]  # of half a line nobody knows whether it is half a secret
-        self._shown = begin + len(text)
         name = f"trial {self._task.number} rank {self._rank} | "
         lines = "".join(f"{name}{line}\n" for line in redacted(text.decode(errors="replace")).splitlines())
         with suppress(OSError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import operator
 import os
 import random
 import re
@@ -224,9 +223,10 @@ def _seed(task: Task) -> None:
     if _full_name(task.trainable).startswith("trainables."):
         return
     random.seed(task.seed)
-    for name, seed in (("numpy", "random.seed"), ("torch", "manual_seed")):
-        if module := sys.modules.get(name):
-            operator.attrgetter(seed)(module)(task.seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(task.seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(task.seed)
 
 
 def log_tail(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -47,8 +47,9 @@ class Asha:
 
     def add(self, number: int, epoch: int, value: float) -> None:
         epochs = self._epochs[number]
-        if epoch not in epochs[bisect_left(epochs, epoch) :][:1]:
-            insort(epochs, epoch)
+        at = bisect_left(epochs, epoch)
+        if at == len(epochs) or epochs[at] != epoch:
+            epochs.insert(at, epoch)
         rung = self._rung(number, epoch)
         if rung is not None:
             self._values[rung][number] = value
