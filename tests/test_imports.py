@@ -41,6 +41,7 @@ ONLY_IN = {
         "tune_service/doctor_nodes.py",
         "tune_service/local_ray.py",
         "tune_service/metrics.py",
+        "tune_service/ray_start.py",
         "tune_service/tuner.py",
     },
     "pyarrow": {

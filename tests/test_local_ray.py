@@ -20,7 +20,6 @@ from tune_service.local_ray import (
     _end_all,
     _end_processes_of,
     _is_of,
-    interrupts_put_off,
     scratch_folder,
 )
 
@@ -161,39 +160,3 @@ def test_a_removal_that_was_cut_off_is_gone_on_with(root: Path, monkeypatch: pyt
     with scratch_folder():
         assert not scratch.exists()
     assert SCRATCH not in os.environ
-
-
-@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda way: way.name)
-def test_an_interrupt_waits_until_ray_has_started_but_a_second_one_does_not(way: signal.Signals) -> None:
-    from ray._private import utils
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    reached: list[str] = []
-    before = signal.signal(way, interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt, match=way.name), interrupts_put_off():
-            utils.set_sigterm_handler(interrupt)  # as `ray.init` does
-            signal.raise_signal(way)
-            reached.append("goes on")
-        with pytest.raises(KeyboardInterrupt, match=way.name), interrupts_put_off():
-            signal.raise_signal(way)
-            signal.raise_signal(way)
-            reached.append("never")
-        with interrupts_put_off():
-            reached.append("undisturbed")
-        assert signal.getsignal(way) is interrupt
-    finally:
-        signal.signal(way, before)
-    assert reached == ["goes on", "undisturbed"]
-
-
-def test_what_nohup_ignores_stays_ignored_while_ray_starts() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with interrupts_put_off():
-            signal.raise_signal(signal.SIGHUP)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)

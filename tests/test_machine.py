@@ -11,7 +11,8 @@ import pytest
 from tune_service import machine
 from tune_service.errors import CommandError, exit_code
 from tune_service.machine import Machine, fit, resource_problems, this_machine, visible_gpus
-from tune_service.spec import ResourcesSpec
+from tune_service.spec import ResourcesSpec, parse_spec
+from tune_service.this_machine import ThisMachine
 
 TWO_GPUS = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa1111-0000-0000-0000-000000000000)
@@ -197,3 +198,25 @@ def test_what_fits_has_no_problems() -> None:
     here = Machine(cpus=8, gpus=2, memory_bytes=10**9)
     assert resource_problems(resources(workers=2, gpus=1), here) == []
     assert resource_problems(resources(gpus=0.25), here) == []
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "asked", "planned"),
+    [
+        (128, 8, {"gpus_per_worker": 1}, 16),  # eight trials: a supervisor and a rank each
+        (128, 8, {"gpus_per_worker": 1, "workers": 4}, 10),  # two trials, four ranks each
+        (128, 8, {"gpus_per_worker": 1, "cpus_per_worker": 12}, 96),
+        (64, 1, {"gpus_per_worker": 0.25}, 8),
+        (2, 0, {"gpus_per_worker": 0}, 2),  # a process for each core, the others as they are needed
+    ],
+)
+def test_ray_is_told_of_as_many_cpus_as_a_study_needs(
+    cpus: int, gpus: int, asked: dict[str, float], planned: int
+) -> None:
+    """It starts so many processes with itself."""
+    place = ThisMachine()
+    place.room = Machine(cpus=cpus, gpus=gpus, memory_bytes=2**40)
+    written = {"name": "plans", "trainable": "toys:train", "search_space": {"x": {"uniform": [0.0, 1.0]}}}
+    objective = {"metric": "x", "mode": "max"}
+    spec = parse_spec(written | {"objective": objective, "resources": asked, "budget": {"trials": 99}})
+    assert place.planned_cpus(spec) == planned

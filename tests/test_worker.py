@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import math
 import os
 import pickle
 import random
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -428,6 +430,23 @@ def test_a_trainable_is_found_beside_the_spec(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("sys.path", ["/nowhere"])
     (tmp_path / "beside_the_spec.py").write_text("def train(context): yield")
     assert resolve("beside_the_spec:train", str(tmp_path)).__name__ == "train"
+
+
+@pytest.mark.parametrize(("chosen", "after"), [("", (700, 10, 5)), ("gc.set_threshold(9, 8, 7)", (9, 8, 7))])
+def test_no_garbage_is_looked_for_while_a_trainable_is_imported(
+    chosen: str, after: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "looks", raising=False)
+    (tmp_path / "looks.py").write_text(f"import gc\nfound = gc.get_threshold()\n{chosen}\ndef train(context): yield")
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(700, 10, 5)
+        train = resolve("looks:train", None)
+        assert gc.get_threshold() == after  # a module may choose for itself
+    finally:
+        gc.set_threshold(*before)
+    assert train.__globals__["found"][0] == 0  # type: ignore[attr-defined]
 
 
 def test_a_module_without_the_function_is_refused(tmp_path: Path) -> None:

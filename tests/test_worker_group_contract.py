@@ -27,15 +27,21 @@ pytestmark = pytest.mark.usefixtures("as_a_rank")
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A Ray of this module's own, which must leave nothing behind."""
-    others = set(psutil.Process().children(recursive=True))  # of tests before: they are left alone
-    with scratch_folder() as scratch, local_ray(scratch, cpus=2, gpus=0, namespace="contract", on_lost=pytest.fail):
-        processes = set(psutil.Process().children(recursive=True)) - others
-        assert processes
-        yield
+def cluster() -> Iterator[list[str]]:
+    """A Ray of this module's own, which must leave nothing behind: the names of its processes at its start."""
+    with scratch_folder() as scratch:
+        others = set(psutil.Process().children(recursive=True))  # of tests before, and the folder's guard
+        with local_ray(scratch, cpus=2, gpus=0, namespace="contract", on_lost=pytest.fail):
+            processes = set(psutil.Process().children(recursive=True)) - others
+            assert processes
+            yield ["ray::IDLE" if _is_starting(process) else process.name() for process in processes]
     assert not scratch.exists()
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def _is_starting(process: psutil.Process) -> bool:
+    """One that is to become `ray::IDLE`."""
+    return any(part.endswith("/default_worker.py") for part in process.cmdline())
 
 
 @contextmanager
@@ -349,6 +355,11 @@ def test_nothing_of_ray_can_be_reached_from_another_machine(two: RayWorkerGroup,
     ]
     assert len(listening) > 3
     assert [address for address in listening if not address.is_loopback] == []
+
+
+def test_a_study_s_own_ray_is_two_servers_and_two_agents_and_no_dashboard(cluster: list[str]) -> None:
+    others = [name for name in cluster if name != "ray::IDLE"]
+    assert sorted(others) == ["gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "raylet"]
 
 
 # ---- deadlines

@@ -22,7 +22,7 @@ from trainables.data import TextData, read_texts
 from trainables.glue import eval_metrics
 from trainables.learner import Kind, give_back, take
 from trainables.model import check_max_length, load_tokenizer
-from trainables.optimizer import lr_lambda, rates_of
+from trainables.optimizer import lr_lambda, one_pass_soon, rates_of
 from trainables.report import Context, Report
 from trainables.steps import DeviceRows, Steps, split_logits
 
@@ -98,6 +98,7 @@ class Run:
         """Optimizer steps done."""
         training = config.training
         parallel.launch(self.rank, self.world_size, self.device)
+        one_pass_soon(self.device)  # beside the data and the model
         tokenizer_source = config.model.model_copy(update={"config": {}})
         data_key = tokenizer_source.model_dump_json(), config.data.model_dump_json(), training.max_length
         self.tokenizer, self.data = _prepared(*data_key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -134,9 +135,21 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return found
 
 
-@lru_cache
 def one_pass_on(device: torch.device) -> type[OnePass] | None:
     """`OnePass`, where it runs: that takes an NVIDIA or AMD GPU, Triton, a C compiler and Python's headers."""
+    return one_pass_soon(device).result()
+
+
+@lru_cache
+def one_pass_soon(device: torch.device) -> Future[type[OnePass] | None]:
+    """Begins to look for it, in a thread: where Triton has yet to compile the kernel that takes seconds."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="one-pass")
+    found = pool.submit(_one_pass_that_runs, device)
+    pool.shutdown(wait=False)
+    return found
+
+
+def _one_pass_that_runs(device: torch.device) -> type[OnePass] | None:
     if device.type != "cuda":
         return None
     weight, mean, square, ones = (torch.full((1,), value, device=device) for value in (0.0, 0.0, 0.0, 1.0))

@@ -15,8 +15,9 @@ from tune_service.autoscaler import cluster_file, kinds_in, troubles
 from tune_service.cluster_room import ClusterRoom, demand, kinds_of
 from tune_service.fair_share import Claim, Claims, allowed
 from tune_service.home import StudyHome
-from tune_service.local_ray import TUNE_ENVIRONMENT, interrupts_put_off, undisturbed
+from tune_service.local_ray import TUNE_ENVIRONMENT, undisturbed
 from tune_service.place import Usage
+from tune_service.ray_start import interrupts_put_off
 from tune_service.spec import StudySpec, moved
 from tune_service.words import counted
 

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, Signals, getsignal, raise_signal, signal
-from types import FrameType
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, signal
 
 import psutil
 
 from trainables.far import SCRATCH, held_folder, left_lock
+from tune_service.ray_start import interrupts_put_off, quick_start
 
 PR_SET_CHILD_SUBREAPER = 36
 LOCK = ".lock"
@@ -54,6 +54,10 @@ ENVIRONMENT = TUNE_ENVIRONMENT | {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Without it Ray leaves GPUs visible to actors that asked for none.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # Ray tries a socket for ten seconds: so often, and not once a second. In every other start the first try came too
+    # early, for the socket is made at that moment.
+    "RAY_raylet_client_connect_timeout_milliseconds": "20",
+    "RAY_raylet_client_num_connect_attempts": "500",
 }
 
 
@@ -137,7 +141,7 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
 
     others = set(psutil.Process().children(recursive=True))
     try:
-        with interrupts_put_off():
+        with interrupts_put_off(), quick_start():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -153,10 +157,6 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
     finally:
         with undisturbed():
             processes = set(psutil.Process().children(recursive=True)) - others
-            for process in processes & set(psutil.Process().children()):
-                with contextlib.suppress(psutil.Error):
-                    if process.name() not in SERVERS:  # `ray.shutdown` waits a second for its autoscaler
-                        process.kill()
             patience_s = END_S if ray.is_initialized() else 0.0  # what was just starting nobody tells to end
             ray.shutdown()
             psutil.wait_procs(processes, timeout=patience_s)
@@ -261,39 +261,6 @@ def _scratch_root() -> str:
     socket = "/tune-12345678/session_2026-11-24_06-00-00_123456_1234567/sockets/plasma_store"
     root = tempfile.gettempdir()
     return root if len(os.fsencode(root + socket)) <= 107 else "/tmp"
-
-
-@contextmanager
-def interrupts_put_off() -> Iterator[None]:
-    """Goes round `ray.init`: Ctrl-C and its kin wait until it is done, some seconds, but for a second one.
-
-    An exception where it connects ends the process by SIGSEGV or SIGABRT at times. So does its own answer to SIGTERM,
-    which it would put in the place of ours.
-    """
-    from ray._private import utils
-
-    told: list[int] = []
-    before = {number: getsignal(number) for number in (SIGINT, SIGTERM, SIGHUP)}
-
-    def put_off(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        handler = before[Signals(number)]
-        if len(told) > 1 and callable(handler):
-            handler(number, frame)
-
-    rays_own = utils.set_sigterm_handler
-    utils.set_sigterm_handler = lambda handler: None
-    for number, handler in before.items():
-        if handler != SIG_IGN:
-            signal(number, put_off)
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = rays_own
-        for number, handler in before.items():
-            signal(number, handler)
-        if told:
-            raise_signal(told[0])
 
 
 @contextmanager

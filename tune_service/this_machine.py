@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -43,8 +44,19 @@ class ThisMachine:
             if self.some_share_a_gpu(spec):
                 on_one = min(concurrent, spec.resources.ranks_on_a_gpu)
                 shared = services.enter_context(side_by_side(scratch / "mps", self.room.cards, on_one))
-            services.enter_context(local_ray(scratch, self.room.cpus, self.room.gpus, spec.name, on_lost))
+            cpus = self.planned_cpus(spec)
+            services.enter_context(local_ray(scratch, cpus, self.room.gpus, spec.name, on_lost))
             yield LocalSession(scratch, concurrent, self.room.cpus, cards=cards, shared=shared)
+
+    def planned_cpus(self, spec: StudySpec) -> int:
+        """How many CPUs Ray is told of, which starts a process for each with itself: as many as the study needs.
+
+        One is a supervisor's, and one a rank's.
+        """
+        concurrent, resources = self._concurrent(spec), spec.resources
+        processes = concurrent * (1 + resources.workers)
+        asked = math.ceil(concurrent * resources.workers * resources.cpus_per_worker)
+        return min(self.room.cpus, max(processes, asked))
 
     def some_share_a_gpu(self, spec: StudySpec) -> bool:
         """Whether two trials may run on one GPU. Ray, where it is left to it, fills one before it begins the next."""

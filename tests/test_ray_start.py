@@ -1,0 +1,64 @@
+"""What goes round Ray's start: interrupts that wait for its end."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tune_service.ray_start import interrupts_put_off, quick_start
+
+
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda way: way.name)
+def test_an_interrupt_waits_until_ray_has_started_but_a_second_one_does_not(way: signal.Signals) -> None:
+    from ray._private import utils
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    reached: list[str] = []
+    before = signal.signal(way, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt, match=way.name), interrupts_put_off():
+            utils.set_sigterm_handler(interrupt)  # as `ray.init` does
+            signal.raise_signal(way)
+            reached.append("goes on")
+        with pytest.raises(KeyboardInterrupt, match=way.name), interrupts_put_off():
+            signal.raise_signal(way)
+            signal.raise_signal(way)
+            reached.append("never")
+        with interrupts_put_off():
+            reached.append("undisturbed")
+        assert signal.getsignal(way) is interrupt
+    finally:
+        signal.signal(way, before)
+    assert reached == ["goes on", "undisturbed"]
+
+
+def test_what_nohup_ignores_stays_ignored_while_ray_starts() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts_put_off():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_ray_starts_with_is_put_back_after_a_start_that_failed() -> None:
+    from ray._private import parameter, services, utils
+
+    def found() -> list[object]:
+        return [
+            parameter.RayParams,
+            services.start_api_server,
+            services.get_node,
+            utils.get_dashboard_dependency_error,
+            utils.set_sigterm_handler,
+        ]
+
+    before = found()
+    with pytest.raises(RuntimeError), interrupts_put_off(), quick_start():
+        assert all(now is not then for now, then in zip(found(), before, strict=True))
+        raise RuntimeError("no start")
+    assert found() == before

@@ -1,0 +1,85 @@
+"""What goes round `ray.init`: what it takes no argument for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, Signals, getsignal, raise_signal, signal
+from types import FrameType
+from typing import Any
+
+NODE_S = 10.0
+"""Within it Ray's node is there on any machine; else Ray goes on looking by itself."""
+NODE_LOOK_S = 0.02
+
+
+@contextmanager
+def interrupts_put_off() -> Iterator[None]:
+    """Ctrl-C and its kin wait until it is done, some seconds, but for a second one.
+
+    An exception where it connects ends the process by SIGSEGV or SIGABRT at times. So does its own answer to SIGTERM,
+    which it would put in the place of ours.
+    """
+    from ray._private import utils
+
+    told: list[int] = []
+    before = {number: getsignal(number) for number in (SIGINT, SIGTERM, SIGHUP)}
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        handler = before[Signals(number)]
+        if len(told) > 1 and callable(handler):
+            handler(number, frame)
+
+    for number, handler in before.items():
+        if handler != SIG_IGN:
+            signal(number, put_off)
+    try:
+        with _replaced(utils, "set_sigterm_handler", lambda handler: None):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal(number, handler)
+        if told:
+            raise_signal(told[0])
+
+
+@contextmanager
+def quick_start() -> Iterator[None]:
+    """For a Ray of one's own: half of its processes, and 1.5 s of its start, serve nothing here.
+
+    These are the dashboard's server, which it starts where none is wanted too, and the agent's part in it; the
+    autoscaler; and what passes logs on to a driver that wants none. And it looks for its node once a second.
+    """
+    from ray._private import parameter, services, utils
+    from ray._private.state import GlobalState
+
+    get_node = services.get_node
+
+    def get_node_soon(gcs_address: str, node_id: str) -> Any:
+        state = GlobalState()
+        state._initialize_global_state(services._get_gcs_client_options(gcs_address))
+        end = time.monotonic() + NODE_S
+        while time.monotonic() < end and all(node["NodeID"] != node_id for node in state.node_table()):
+            time.sleep(NODE_LOOK_S)
+        return get_node(gcs_address, node_id)
+
+    params = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
+    with ExitStack() as replaced:
+        replaced.enter_context(_replaced(parameter, "RayParams", params))
+        replaced.enter_context(_replaced(services, "start_api_server", lambda *_, **__: ("", None)))
+        replaced.enter_context(_replaced(services, "get_node", get_node_soon))
+        replaced.enter_context(_replaced(utils, "get_dashboard_dependency_error", lambda: "none is wanted"))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
