@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
 
@@ -163,6 +164,19 @@ def test_a_missing_shard_is_counted(tmp_path: Path) -> None:
     write(tmp_path, "validation", text=["p"], label=[0])
     (problem,) = problems_of(own(tmp_path))
     assert problem.found == "1 of 3"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_two_columns_of_one_name_are_refused_where_it_is_asked_for(tmp_path: Path, suffix: str) -> None:
+    columns = [pa.array(values) for values in (["p", "q"], ["r", "s"], ["t", "u"], [0, 1])]
+    for split in ("train", "validation"):
+        table = pa.Table.from_arrays(columns, names=["text", "note", "note", "label"])
+        write_table = pcsv.write_csv if suffix == "csv" else pq.write_table
+        write_table(table, tmp_path / f"{split}.{suffix}")
+    assert read_texts(own(tmp_path)).splits["train"].texts == [("p",), ("q",)]
+    problems = problems_of(own(tmp_path, "note"))
+    assert [problem.found for problem in problems] == ["2 of that name"] * 2
+    assert problems[0].rule.endswith(f"train.{suffix} has one column 'note'")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])

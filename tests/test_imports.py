@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,3 +138,14 @@ def test_colossalai_is_imported_at_the_start_of_two_ranks_or_more(world_size: in
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert run.stdout.split() == [str(is_imported)]
+
+
+def test_rows_are_read_without_pandas(tmp_path: Path) -> None:
+    """A rank has no other use for it, and every cold start would wait for it."""
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({"text": ["p", "q"], "label": ["no", "yes"]}), tmp_path / f"{split}.parquet")
+    config = f"DataConfig(path={str(tmp_path)!r}, text=('text',), label='label')"
+    read = f"from trainables.data import *; print(read_texts({config}).splits['train'].labels.tolist())"
+    code = f"import sys; {read}; print('pandas' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == ["[0, 1]", "False"]

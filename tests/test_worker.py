@@ -12,6 +12,7 @@ import random
 import re
 import socket
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -447,6 +448,20 @@ def test_no_garbage_is_looked_for_while_a_trainable_is_imported(
     finally:
         gc.set_threshold(*before)
     assert train.__globals__["found"][0] == 0  # type: ignore[attr-defined]
+
+
+def test_what_a_trial_left_is_collected_after_the_next_one_has_found_its_trainable() -> None:
+    class Learner:
+        """Holds itself, as a model with hooks does."""
+
+        def __init__(self) -> None:
+            self.own = self
+
+    resolve("toy_trainable:counts", None)
+    learner = weakref.ref(Learner())
+    resolve("toy_trainable:counts", None)
+    gc.collect()
+    assert learner() is None
 
 
 def test_a_module_without_the_function_is_refused(tmp_path: Path) -> None:

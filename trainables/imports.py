@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib
+import sys
+from types import ModuleType
 
 
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Goes round imports: what they make stays, and to look for garbage in it takes a sixth of their time."""
+def import_large(name: str) -> ModuleType:
+    """The module of this name. Where it is not loaded yet, Python's collector passes over all that there is by then.
+
+    What is imported stays; to look for garbage in it, a million objects, takes a sixth of the import's time, and as
+    long again at each full collection later.
+    """
+    if name in sys.modules:  # a process that has worked holds garbage too, and what that holds
+        return sys.modules[name]
     before = gc.get_threshold()
     gc.set_threshold(0)
     try:
-        yield
+        return importlib.import_module(name)
     finally:
+        gc.freeze()
         if gc.get_threshold()[0] == 0:  # else what was imported has chosen for itself
             gc.set_threshold(*before)

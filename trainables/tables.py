@@ -76,11 +76,14 @@ def _read_file(file: Path, wanted: Sequence[str], texts: Sequence[str]) -> pa.Ta
     try:
         match file.suffix:
             case ".parquet":
-                names = pq.read_schema(file).names
-                table = pq.read_table(file, columns=[name for name in names if name in wanted])
+                with pq.ParquetFile(file) as parquet:  # `read_table` would import pandas
+                    names = parquet.schema_arrow.names
+                    _check_single(names, wanted, file)
+                    table = parquet.read(columns=[name for name in names if name in wanted])
             case ".csv":
                 table = _read_csv(file, texts)
                 names = table.column_names
+                _check_single(names, wanted, file)
                 table = table.select([name for name in names if name in wanted])
             case _:
                 table, names = _read_jsonl(file, wanted)
@@ -88,6 +91,16 @@ def _read_file(file: Path, wanted: Sequence[str], texts: Sequence[str]) -> pa.Ta
         found, expected = f"{type(error).__name__}: {str(error)[:300]}", f"a whole {file.suffix[1:]} file"
         raise DataError(Problem("data.path", f"{file} can be read", found, expected)) from error
     return table.replace_schema_metadata({"columns": json.dumps(names)})
+
+
+def _check_single(names: Sequence[str], wanted: Sequence[str], file: Path) -> None:
+    """DataError where two columns have the name of a wanted one."""
+    for name in wanted:
+        if names.count(name) > 1:
+            rule = f"{file} has one column {name!r}"
+            raise DataError(
+                Problem("data.path", rule, f"{names.count(name)} of that name", "another name for the others")
+            )
 
 
 def all_columns(table: pa.Table) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import random
 import re
@@ -30,7 +29,7 @@ from trainables.errors import (
     printed,
     text_of,
 )
-from trainables.imports import no_collection
+from trainables.imports import import_large
 from trainables.log_names import log_name
 from trainables.memory import gpu_memory_share, is_out_of_memory
 from trainables.redaction import redacted
@@ -211,9 +210,7 @@ def resolve(trainable: str, import_path: str | None) -> Trainable:
     if import_path is not None and import_path not in sys.path:
         sys.path.append(import_path)
     module_name, _, name = _full_name(trainable).partition(":")
-    with no_collection():
-        module = importlib.import_module(module_name)
-    function = getattr(module, name, None)
+    function = getattr(import_large(module_name), name, None)
     if not callable(function):
         found = f"module {module_name} has no function {name!r}"
         raise TrainableError(Problem("trainable", "names a generator function", found, "package.module:function"))

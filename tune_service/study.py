@@ -12,7 +12,7 @@ from typing import Any
 
 from search_spaces import SearchSpace
 from trainables.errors import BucketError, Problem, StorageUnavailableError, UserError
-from trainables.imports import no_collection
+from trainables.imports import import_large
 from trainables.worker import storage_is_away
 from tune_service.check import baseline, refuse_faulty
 from tune_service.errors import (
@@ -155,8 +155,8 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
     try:
         with _terminate_as_interrupt():
             place.prepare(spec)
-            with no_collection():
-                from tune_service.tuner import run_trials  # imports Ray, which reads the environment then
+            import_large("tune_service.tuner")  # and Ray, which reads the environment then
+            from tune_service.tuner import run_trials
 
             with folder.driver_log() as log, output_to(log):
                 on_lost = _abort_of(spec.name, place, display)
