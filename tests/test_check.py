@@ -197,14 +197,14 @@ def test_only_a_changed_config_is_looked_at_at_each_end_of_the_search_space(
     finetune["model"] = {"name": "gpt2"}
     assert changed_models(parse_spec(finetune, tmp_path)) == []
     finetune["model"] = {"name": "gpt2", "config": {"n_layer": 2}}
-    assert [model.config for model in changed_models(parse_spec(finetune, tmp_path))] == [{"n_layer": 2}]
+    assert [model.config for model, _ in changed_models(parse_spec(finetune, tmp_path))] == [{"n_layer": 2}]
     finetune["search_space"] |= {
         "model.config.n_head": {"choice": [2, 3]},
         "model.config.n_layer": {"int_uniform": [1, 9]},
     }
     found = [
         tuple(model.config[key] for key in ("n_head", "n_layer"))
-        for model in changed_models(parse_spec(finetune, tmp_path))
+        for model, _ in changed_models(parse_spec(finetune, tmp_path))
     ]
     assert found == [(2, 2), (3, 2), (2, 1), (2, 2), (2, 9)]
 
@@ -216,12 +216,21 @@ def test_a_config_that_makes_no_model_is_found_without_training(finetune: dict[s
     assert built(changed_models(sound)) == "built"
     faults = [{"n_embd": 16, "n_layers": 3}, {"n_embd": "wide"}, {"n_embd": 15}]
     assert sound.model is not None
-    sections = [sound.model.model_copy(update={"config": config | fault}) for fault in faults]
+    models = [sound.model.model_copy(update={"config": config | fault}) for fault in faults]
     with pytest.raises(UserError) as refused:
-        built(sections)
-    unknown, word, uneven = refused.value.problems
+        built([(model, 64) for model in [*models, sound.model]] + [(sound.model, 1025)])
+    unknown, word, uneven, short = refused.value.problems
+    assert (short.place, short.found, short.expected) == ("training.max_length", "1025", "at most 1024")  # GPT-2's own
     assert (unknown.place, unknown.found) == ("model.config.n_layers", "n_layers") and "n_layer" in unknown.expected
     assert "expected int, got str" in word.found and "divisible" in uneven.found
+
+
+def test_a_spec_without_data_is_told_so_whatever_else_it_has(finetune: dict[str, Any], tmp_path: Path) -> None:
+    del finetune["data"]
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(finetune))
+    with pytest.raises(SpecError, match="`finetune` needs data"):
+        list(_checks_here(path, [], None, Storage(tmp_path / "studies")))
 
 
 def test_check_tells_of_a_wrong_config_beside_a_machine_that_is_too_small(

@@ -166,6 +166,93 @@ def test_a_missing_shard_is_counted(tmp_path: Path) -> None:
     assert problem.found == "1 of 3"
 
 
+@pytest.mark.parametrize(
+    ("train", "validation", "classes"),
+    [
+        (["007", "7", "8"], ["7"], ("007", "7", "8")),  # two classes, not one
+        (["True", "False"], ["True"], ("False", "True")),  # as they are written
+        (["0", "1", "unknown"], ["0", "1"], ("0", "1", "unknown")),
+        (["2020-01-01", "2020-01-02"], ["2020-01-01"], ("2020-01-01", "2020-01-02")),
+        (["1.0", "1.10"], ["1.10"], ("1.0", "1.10")),
+        (["nan", "inf"], ["inf"], ("inf", "nan")),
+        (["10", "9", "-1"], ["9"], ("-1", "9", "10")),  # numbers, in their order
+    ],
+)
+def test_classes_in_a_csv_file_are_what_is_written_there(
+    train: list[str], validation: list[str], classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    write(tmp_path, "train", "csv", text=train, label=train)
+    write(tmp_path, "validation", "csv", text=validation, label=validation)
+    data = read_texts(own(tmp_path))
+    assert data.label_names == classes
+    for split in data.splits.values():
+        assert [(classes[label],) for label in split.labels] == split.texts
+
+
+def test_shards_of_a_csv_file_need_not_look_alike(tmp_path: Path) -> None:
+    write(tmp_path, "train-00000-of-00002", "csv", text=["p", "q"], label=["1", "0"])
+    write(tmp_path, "train-00001-of-00002", "csv", text=["r"], label=["maybe"])
+    write(tmp_path, "validation", "csv", text=["p"], label=["1"])
+    data = read_texts(own(tmp_path))
+    assert (data.label_names, data.splits["train"].labels.tolist()) == (("0", "1", "maybe"), [1, 0, 2])
+
+
+@pytest.mark.parametrize("other", [["0", "1"], [0, 1]])
+def test_numbers_in_a_csv_file_are_what_the_other_split_has(other: list[Any], tmp_path: Path) -> None:
+    write(tmp_path, "train", "csv", text=["p", "q"], label=[1, 0])
+    write(tmp_path, "validation", "parquet", text=["p", "q"], label=other)
+    assert read_texts(own(tmp_path)).splits["validation"].labels.tolist() == [0, 1]
+
+
+def test_an_empty_label_in_a_csv_file_is_none(tmp_path: Path) -> None:
+    write(tmp_path, "train", "csv", text=["p", "q", "r"], label=["a", "", ""])
+    write(tmp_path, "validation", "csv", text=["p"], label=["a"])
+    (problem,) = problems_of(own(tmp_path))
+    assert problem.found == "2 rows without one, the first is row 2"
+
+
+def test_scores_in_a_csv_file_are_numbers(tmp_path: Path) -> None:
+    columns = {"sentence1": ["p", "q"], "sentence2": ["r", "s"], "label": ["3", "4.25"]}
+    write(tmp_path, "train", "csv", **columns)
+    write(tmp_path, "validation", "csv", **columns)
+    assert read_texts(DataConfig(task="stsb", path=str(tmp_path))).splits["train"].labels.tolist() == [3.0, 4.25]
+
+
+def test_a_file_of_another_name_is_not_a_part_of_a_split(tmp_path: Path) -> None:
+    both(tmp_path, text=["p", "q"], label=[0, 1])
+    write(tmp_path, "train-backup", text=["x"] * 10, label=[0] * 10)
+    write(tmp_path, "validation-old", text=["x"] * 10, label=[0] * 10)
+    assert [len(split) for split in read_texts(own(tmp_path)).splits.values()] == [2, 2]
+
+
+def test_a_shard_that_is_there_twice_does_not_make_up_for_another(tmp_path: Path) -> None:
+    write(tmp_path, "validation", text=["p"], label=[0])
+    for name in ("aa", "bb"):  # as the hub named them for a while
+        write(tmp_path, f"train-00000-of-00002-{name}", text=["p", "q"], label=[0, 1])
+    (problem,) = problems_of(own(tmp_path))
+    assert "every shard of train is there once" in problem.rule
+    assert "train-00000-of-00002-bb.parquet" in problem.found
+
+
+def test_large_rows_and_large_numbers_are_read(tmp_path: Path) -> None:
+    long = "x" * 3_000_000
+    write(tmp_path, "train", "csv", text=[long, "q"], label=[0, 1])
+    write(tmp_path, "validation", "csv", text=["p"], label=[0])
+    assert read_texts(own(tmp_path)).splits["train"].texts[0] == (long,)
+    for split in ("train", "validation"):
+        labels = pa.array([2**63 + 1, 3], pa.uint64())
+        (tmp_path / f"{split}.csv").unlink()
+        pq.write_table(pa.table({"text": ["p", "q"], "label": labels}), tmp_path / f"{split}.parquet")
+    assert read_texts(own(tmp_path)).label_names == ("3", str(2**63 + 1))
+
+
+def test_a_number_that_no_column_holds_is_told(tmp_path: Path) -> None:
+    write(tmp_path, "train", "jsonl", text=["p", "q"], label=[10**30, 1])
+    write(tmp_path, "validation", "jsonl", text=["p"], label=[1])
+    problem = problems_of(own(tmp_path))[0]
+    assert "train.jsonl can be read" in problem.rule and "too large" in problem.found
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_two_columns_of_one_name_are_refused_where_it_is_asked_for(tmp_path: Path, suffix: str) -> None:
     columns = [pa.array(values) for values in (["p", "q"], ["r", "s"], ["t", "u"], [0, 1])]

@@ -451,6 +451,13 @@ def test_a_loss_that_is_not_finite_is_reported_and_not_hidden(settings: Callable
     assert not math.isfinite(report.metrics["train_loss"]) or not math.isfinite(report.metrics["eval_loss"])
 
 
+def test_no_score_is_reported_of_weights_that_are_none(settings: Callable[..., Settings]) -> None:
+    """A score of 0 would be the best where others are below it, and the model of that epoch handed out."""
+    (first,) = curve(settings(max_epochs=1, learning_rate=1e35))
+    scores = ("train_loss", "train_accuracy", "eval_loss", "eval_accuracy")
+    assert [name for name in scores if not math.isnan(first[name])] == []
+
+
 def test_bf16_trains_and_saves_whole_precision(settings: Callable[..., Settings], tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 

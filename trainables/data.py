@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,8 +13,9 @@ import pyarrow as pa
 from trainables.config import DataConfig
 from trainables.errors import DataError, Problem
 from trainables.glue import TASKS, Task
-from trainables.tables import all_columns, folder_tables, hub_tables, some
+from trainables.tables import all_columns, folder_tables, hub_tables, is_untyped, some
 
+WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 Text = tuple[str, ...]
 Column: TypeAlias = "pa.ChunkedArray[Any]"
 
@@ -47,10 +49,13 @@ def read_texts(config: DataConfig) -> TextData:
     columns = task.text if task else config.text or ()
     names = ("train", *(task.validation if task else ("validation",)))
     wanted = (*columns, config.label)
-    tables = folder_tables(config.path, names, wanted, columns, problems) if config.path else hub_tables(task, names)
+    untyped = columns if task and task.is_regression else wanted
+    tables = folder_tables(config.path, names, wanted, untyped, problems) if config.path else hub_tables(task, names)
     tables = {name: table for name, table in tables.items() if _has_rows(name, table, problems)}
     texts = {name: _texts(name, table, columns, task, problems) for name, table in tables.items()}
     columns_of_labels = {name: _column(table, config.label) for name, table in tables.items()}
+    if untyped is wanted:
+        _type_labels(columns_of_labels, {name for name, table in tables.items() if is_untyped(table)}, problems)
     labels, label_names = _labels(columns_of_labels, task, problems)
     for name, table in tables.items():
         if config.label not in table.column_names:
@@ -119,6 +124,27 @@ def _labels(
     if task is None and "train" not in whole:
         return {}, ()  # without train nothing says which labels there are
     return _class_ids(whole, task, problems)
+
+
+def _type_labels(columns: dict[str, Column | None], untyped: set[str], problems: list[Problem]) -> None:
+    """Labels from csv files are numbers where all of them are, as they would be written, and no other split has texts.
+
+    Else they are texts, to the letter: 007 and 7 are two classes.
+    """
+    read = {split: labels for split, labels in columns.items() if labels is not None}
+    values = {split: labels.to_pylist() for split, labels in read.items() if split in untyped}
+    for split, found in values.items():
+        if "" in found:
+            where = f"{found.count('')} rows without one, the first is row {found.index('') + 1}"
+            problems.append(Problem("data.label", f"each row of {split} has a label", where, "no empty fields"))
+            columns[split] = None
+    others = [labels for split, labels in read.items() if split not in untyped]
+    if all(pa.types.is_integer(labels.type) for labels in others) and all(
+        value and WHOLE.fullmatch(value) for found in values.values() for value in set(found)
+    ):
+        for split in values:
+            if (labels := columns[split]) is not None:
+                columns[split] = labels.cast(pa.int64())
 
 
 def _right_kind(split: str, labels: Column, task: Task | None, problems: list[Problem]) -> bool:
@@ -194,4 +220,4 @@ def _column(table: pa.Table, name: str) -> Column | None:
     kinds = (pa.types.is_large_string, pa.types.is_string_view, pa.types.is_boolean)
     if any(is_kind(column.type) for is_kind in kinds):
         return column.cast(pa.string())
-    return column.cast(pa.int64()) if pa.types.is_integer(column.type) else column
+    return column

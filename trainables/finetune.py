@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -158,7 +159,8 @@ class Run:
         self.epoch, self.step = epoch, self.step + len(batches)
         metrics = {"train_loss": loss_sum / len(lengths), "learning_rate": learning_rates[-1]}
         if self.data.label_names:
-            metrics["train_accuracy"] = correct / len(lengths)
+            # Rows before the loss was lost count for nothing: they say nothing of what the weights are now.
+            metrics["train_accuracy"] = correct / len(lengths) if math.isfinite(loss_sum) else math.nan
         return metrics | {"tokens_per_s": float(lengths.sum()) / train_s}
 
     # Evaluation

@@ -78,7 +78,7 @@ def eval_metrics(task: str | None, logits: np.ndarray, labels: np.ndarray, suffi
     """The metrics of one whole validation split, from `logits` (rows, classes) and its labels.
 
     `suffix` is for mnli's second split: with `_mismatched`, only the metrics that the task reports with that ending.
-    A logit that is not finite makes eval_loss nan, so that the trial counts as diverged.
+    A logit that is not finite makes all of them nan: such a trial has diverged, and a Matthews of 0 might win.
     """
     assert len(logits) == len(labels) > 0, "metrics need one label for each row, and at least one row"
     logits = np.asarray(logits, dtype=np.float64)
@@ -96,11 +96,11 @@ def majority_baseline(labels: np.ndarray) -> float:
 
 
 def _class_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    finite = np.isfinite(logits).all(axis=1)
-    # argmax would name some class for a row of nan as well; such a row is never right.
-    predicted = np.where(finite, np.where(np.isfinite(logits), logits, 0.0).argmax(axis=1), -1)
+    if not np.isfinite(logits).all():
+        return dict.fromkeys(("eval_loss", "eval_accuracy", "eval_f1", "eval_matthews"), math.nan)
+    predicted = logits.argmax(axis=1)
     return {
-        "eval_loss": _cross_entropy(logits, labels) if finite.all() else math.nan,
+        "eval_loss": _cross_entropy(logits, labels),
         "eval_accuracy": float((predicted == labels).mean()),
         "eval_f1": _f1(predicted, labels),
         "eval_matthews": _matthews(predicted, labels),

@@ -98,14 +98,18 @@ def build_model(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, label_na
     return network
 
 
-def check_builds(model: ModelConfig) -> None:
-    """Raises ModelError where the config with its overrides makes no model. Loads no weights and takes no memory."""
+def check_builds(model: ModelConfig, max_length: int) -> None:
+    """Raises ModelError where the config with its overrides makes no model that reads `max_length` tokens.
+
+    Loads no weights and takes no memory.
+    """
     config = _model_config(model, load_tokenizer(model))
     try:
         with _quiet(), torch.device("meta"):
-            AutoModelForSequenceClassification.from_config(config)
+            network = AutoModelForSequenceClassification.from_config(config)
     except Exception as error:
         raise _cannot_open("model", model, error) from error
+    check_max_length(network, max_length)
 
 
 def check_max_length(network: PreTrainedModel, max_length: int) -> None:

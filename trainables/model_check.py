@@ -1,6 +1,7 @@
 """Whether models can be built, found out in a process of its own, for it takes torch and Transformers.
 
-Reads a list of `model` sections as JSON on standard input; answers, in one line, with the list of what is wrong.
+Reads pairs of a `model` section and a `max_length` as JSON on standard input; answers, in one line, with the list of
+what is wrong.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from trainables.model_files import ANSWER
 
 def main() -> None:
     found = []
-    for section in json.load(sys.stdin):
+    for section, max_length in json.load(sys.stdin):
         try:
-            check_builds(ModelConfig(**section))
+            check_builds(ModelConfig(**section), max_length)
         except ModelError as error:
             found += [problem.to_json() for problem in error.problems]
     print(f"\n{ANSWER}{json.dumps(found)}")

@@ -19,14 +19,24 @@ from trainables.model_files import HUB_TIMEOUT_S
 
 HUB_NAME = "nyu-mll/glue"
 MOST_SHOWN = 20
+CSV_BLOCK_BYTES = 1 << 26
+"""A row has to fit into one."""
 
-_UNREADABLE = (OSError, ValueError, pa.ArrowException)  # UnicodeError and JSONDecodeError are ValueErrors
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    OverflowError,
+    pa.ArrowException,
+)  # UnicodeError and JSONDecodeError are ValueErrors
 
 
 def folder_tables(
     path: str, names: Sequence[str], wanted: Sequence[str], texts: Sequence[str], problems: list[Problem]
 ) -> dict[str, pa.Table]:
-    """The wanted columns of each split that can be read, `texts` as strings; what is wrong goes to `problems`."""
+    """The wanted columns of each split that can be read; what is wrong goes to `problems`.
+
+    `texts` are strings in a csv file, where nothing else says of what type a column is.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         found = f"{folder} is a file" if folder.exists() else f"{folder} does not exist"
@@ -51,13 +61,16 @@ def folder_tables(
 
 def _split_files(folder: Path, name: str) -> list[Path]:
     """The file of a split, or its shards in order; in the folder itself or in its `data`. Else raises DataError."""
-    pattern = re.compile(rf"{re.escape(name)}(?:-(\d{{5}})-of-(\d{{5}}))?(?:-\w+)?\.(parquet|csv|jsonl)")
+    # The hub put a hash behind the numbers of a shard.
+    pattern = re.compile(rf"{re.escape(name)}(?:-(\d{{5}})-of-(\d{{5}})(?:-\w+)?)?\.(parquet|csv|jsonl)")
     found: dict[tuple[Path, str, str], list[Path]] = {}
+    numbers: dict[Path, str] = {}
     files = sorted(file for place in (folder, folder / "data") if place.is_dir() for file in place.iterdir())
     for file in files:
         match = pattern.fullmatch(file.name)
         if match and file.is_file():
             found.setdefault((file.parent, match[3], match[2] or ""), []).append(file)
+            numbers[file] = match[1] or ""
     there = some([str(file.relative_to(folder)) for file in files]) or "nothing"
     if not found:
         expected = f"{name}.parquet, {name}.csv or {name}.jsonl"
@@ -65,9 +78,10 @@ def _split_files(folder: Path, name: str) -> list[Path]:
     if len(found) > 1:
         raise DataError(Problem("data.path", f"{folder} holds the split {name} once", there, f"one file for {name}"))
     (((_, _, shards), parts),) = found.items()
-    if shards and len(parts) != int(shards):
-        counted, expected = f"{len(parts)} of {int(shards)}", f"{int(shards)} files"
-        raise DataError(Problem("data.path", f"every shard of {name} is there", counted, expected))
+    if shards and [int(numbers[part]) for part in parts] != list(range(int(shards))):
+        counted = f"{len(parts)} of {int(shards)}" if len(parts) != int(shards) else there
+        expected = f"{int(shards)} files, numbered from 0"
+        raise DataError(Problem("data.path", f"every shard of {name} is there once", counted, expected))
     return parts
 
 
@@ -90,7 +104,12 @@ def _read_file(file: Path, wanted: Sequence[str], texts: Sequence[str]) -> pa.Ta
     except _UNREADABLE as error:
         found, expected = f"{type(error).__name__}: {str(error)[:300]}", f"a whole {file.suffix[1:]} file"
         raise DataError(Problem("data.path", f"{file} can be read", found, expected)) from error
-    return table.replace_schema_metadata({"columns": json.dumps(names)})
+    return table.replace_schema_metadata({"columns": json.dumps(names), "suffix": file.suffix})
+
+
+def is_untyped(table: pa.Table) -> bool:
+    """Whether the split was read from csv files."""
+    return (table.schema.metadata or {}).get(b"suffix") == b".csv"
 
 
 def _check_single(names: Sequence[str], wanted: Sequence[str], file: Path) -> None:
@@ -112,8 +131,9 @@ def all_columns(table: pa.Table) -> list[str]:
 def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
     return pcsv.read_csv(
         file,
+        read_options=pcsv.ReadOptions(block_size=CSV_BLOCK_BYTES),
         parse_options=pcsv.ParseOptions(newlines_in_values=True),
-        # A text is a text even where every row looks like a number; an empty field is an empty text.
+        # A text is a text even where every row looks like a number or a date; an empty field is an empty text.
         convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
     )
 

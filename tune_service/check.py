@@ -57,7 +57,7 @@ def run_checks(spec: StudySpec, storage: StudyStorage, room: Room) -> list[Check
     model, data = spec.model, spec.data
     if not spec.is_finetune and spec.trainable:
         checks.append(looked_at("trainable", lambda: import_trainable(spec.trainable, spec.folder)))
-    if spec.is_finetune and model is not None:
+    if spec.is_finetune and model is not None and data is not None:
         checks.append(looked_at("model", lambda: _raised(_model_problems(spec)) or model.name))
     if spec.is_finetune and data is not None:
         checks.append(looked_at("data", lambda: _describe(_texts(data))))

@@ -12,8 +12,8 @@ from tune_service.spec_checks import ends
 from tune_service.spec_sections import MODEL_PREFIX, StudySpec
 
 
-def changed_models(spec: StudySpec) -> list[ModelConfig]:
-    """Models that stand for all that the trials have; empty where the config stays as it is."""
+def changed_models(spec: StudySpec) -> list[tuple[ModelConfig, int]]:
+    """Models that stand for all that the trials have, with the largest `max_length`; empty where the config stays."""
     if not spec.is_finetune or spec.model is None:
         return []
     largest, settings = spec.largest_params(), spec.trial_settings()
@@ -25,12 +25,13 @@ def changed_models(spec: StudySpec) -> list[ModelConfig]:
     ]
     if not changes and not spec.model.config:
         return []
-    return [settings.with_params(largest | change).model for change in changes or [{}]]
+    found = [settings.with_params(largest | change) for change in changes or [{}]]
+    return [(each.model, each.training.max_length) for each in found]
 
 
-def built(models: list[ModelConfig]) -> str:
+def built(models: list[tuple[ModelConfig, int]]) -> str:
     """Builds each, without its weights, in a process of its own. UserError with what is wrong."""
-    sections = json.dumps([model.model_dump() for model in models])
+    sections = json.dumps([(model.model_dump(), max_length) for model, max_length in models])
     out, why = in_a_process(["-m", "trainables.model_check"], sections)
     answer = next((line.removeprefix(ANSWER) for line in out.splitlines() if line.startswith(ANSWER)), None)
     if answer is None:
