@@ -216,7 +216,10 @@ def test_ray_is_told_of_as_many_cpus_as_a_study_needs(
     """It starts so many processes with itself."""
     place = ThisMachine()
     place.room = Machine(cpus=cpus, gpus=gpus, memory_bytes=2**40)
-    written = {"name": "plans", "trainable": "toys:train", "search_space": {"x": {"uniform": [0.0, 1.0]}}}
-    objective = {"metric": "x", "mode": "max"}
-    spec = parse_spec(written | {"objective": objective, "resources": asked, "budget": {"trials": 99}})
-    assert place.planned_cpus(spec) == planned
+    written = {"name": "plans", "resources": asked, "budget": {"trials": 99}}
+    model, data = {"name": "gpt2"}, {"task": "mrpc"}
+    finetune = parse_spec(written | {"model": model, "data": data, "search_space": "gpt2"})
+    assert place.planned_cpus(finetune) == planned
+    space, objective = {"x": {"uniform": [0.0, 1.0]}}, {"metric": "x", "mode": "max"}
+    own = parse_spec(written | {"trainable": "toys:train", "search_space": space, "objective": objective})
+    assert place.planned_cpus(own) == cpus  # which may have tasks for Ray

@@ -1,12 +1,31 @@
-"""What goes round Ray's start: interrupts that wait for its end."""
+"""What goes round Ray's start: interrupts that wait for its end, and servers that die meanwhile."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tune_service.ray_start import interrupts_put_off, quick_start
+
+STARTS = """
+import os, sys
+from tune_service.local_ray import end_children, local_ray, prepare_environment, scratch_folder
+def lost(why):
+    print(why, flush=True)
+    end_children()
+    os._exit(7)
+prepare_environment(2)
+with scratch_folder() as scratch:
+    print(scratch, flush=True)
+    with local_ray(scratch, 2, 0, "dies", lost):
+        print("has started", flush=True)
+"""
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda way: way.name)
@@ -62,3 +81,24 @@ def test_what_ray_starts_with_is_put_back_after_a_start_that_failed() -> None:
         assert all(now is not then for now, then in zip(found(), before, strict=True))
         raise RuntimeError("no start")
     assert found() == before
+
+
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+def test_a_server_that_dies_while_ray_starts_is_told_at_once_and_nothing_is_left(server: str) -> None:
+    """Ray itself waits for it for half a minute."""
+    driver = subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    scratch, end = Path(driver.stdout.readline().strip()), time.monotonic() + 60
+    found: list[psutil.Process] = []
+    while not found and time.monotonic() < end:
+        found = [each for each in psutil.Process(driver.pid).children() if each.name() == server]
+    family = psutil.Process(driver.pid).children(recursive=True)
+    time.sleep(0.3)
+    found[0].kill()
+    words, _ = driver.communicate(timeout=10)
+    assert (words.strip(), driver.returncode) == (f"Ray's {server} died", 7)
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+    while scratch.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not scratch.exists()

@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import socket
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -433,21 +434,30 @@ def test_a_trainable_is_found_beside_the_spec(tmp_path: Path, monkeypatch: pytes
     assert resolve("beside_the_spec:train", str(tmp_path)).__name__ == "train"
 
 
-@pytest.mark.parametrize(("chosen", "after"), [("", (700, 10, 5)), ("gc.set_threshold(9, 8, 7)", (9, 8, 7))])
-def test_no_garbage_is_looked_for_while_a_trainable_is_imported(
-    chosen: str, after: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_garbage_is_looked_for_while_a_module_of_the_users_own_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "looks", raising=False)
-    (tmp_path / "looks.py").write_text(f"import gc\nfound = gc.get_threshold()\n{chosen}\ndef train(context): yield")
-    before = gc.get_threshold()
-    try:
-        gc.set_threshold(700, 10, 5)
-        train = resolve("looks:train", None)
-        assert gc.get_threshold() == after  # a module may choose for itself
-    finally:
-        gc.set_threshold(*before)
-    assert train.__globals__["found"][0] == 0  # type: ignore[attr-defined]
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "drops", raising=False)
+    (tmp_path / "drops.py").write_text(
+        "import gc, weakref\n"
+        "class Held:\n    def __init__(self): self.own = self\n"
+        "dropped, found = weakref.ref(Held()), gc.get_threshold()\n"
+        "def train(context): yield"
+    )
+    train: Any = resolve("drops:train", None)
+    gc.collect()
+    assert train.__globals__["dropped"]() is None and train.__globals__["found"] == gc.get_threshold()
+
+
+def test_no_garbage_is_looked_for_while_finetune_is_imported() -> None:
+    code = (
+        "import gc; from trainables.worker import resolve; before, seen = gc.get_threshold(), []\n"
+        "gc.callbacks.append(lambda phase, info: seen.append(phase)); resolve('finetune', None)\n"
+        "print(len(seen), gc.get_threshold() == before, gc.get_freeze_count() > 100_000)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["0", "True", "True"]
 
 
 def test_what_a_trial_left_is_collected_after_the_next_one_has_found_its_trainable() -> None:
@@ -457,9 +467,9 @@ def test_what_a_trial_left_is_collected_after_the_next_one_has_found_its_trainab
         def __init__(self) -> None:
             self.own = self
 
-    resolve("toy_trainable:counts", None)
+    resolve("finetune", None)
     learner = weakref.ref(Learner())
-    resolve("toy_trainable:counts", None)
+    resolve("finetune", None)
     gc.collect()
     assert learner() is None
 

@@ -34,6 +34,7 @@ def cluster() -> Iterator[list[str]]:
         with local_ray(scratch, cpus=2, gpus=0, namespace="contract", on_lost=pytest.fail):
             processes = set(psutil.Process().children(recursive=True)) - others
             assert processes
+            assert scratch.stat().st_mode & 0o777 == 0o700  # Ray opens its own folder to all users
             yield ["ray::IDLE" if _is_starting(process) else process.name() for process in processes]
     assert not scratch.exists()
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)

@@ -9,10 +9,10 @@ from types import ModuleType
 
 
 def import_large(name: str) -> ModuleType:
-    """The module of this name. Where it is not loaded yet, Python's collector passes over all that there is by then.
+    """A module of ours. Where it is not loaded yet, Python's collector passes over all that there is by then.
 
     What is imported stays; to look for garbage in it, a million objects, takes a sixth of the import's time, and as
-    long again at each full collection later.
+    long again at each full collection later. (Garbage of another's module would stay, too.)
     """
     if name in sys.modules:  # a process that has worked holds garbage too, and what that holds
         return sys.modules[name]
@@ -22,5 +22,4 @@ def import_large(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         gc.freeze()
-        if gc.get_threshold()[0] == 0:  # else what was imported has chosen for itself
-            gc.set_threshold(*before)
+        gc.set_threshold(*before)

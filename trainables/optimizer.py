@@ -137,7 +137,11 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 def one_pass_on(device: torch.device) -> type[OnePass] | None:
     """`OnePass`, where it runs: that takes an NVIDIA or AMD GPU, Triton, a C compiler and Python's headers."""
-    return one_pass_soon(device).result()
+    try:
+        return one_pass_soon(device).result()
+    except Exception:  # out of memory: another time there may be some
+        one_pass_soon.cache_clear()
+        raise
 
 
 @lru_cache

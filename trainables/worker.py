@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import random
 import re
@@ -210,7 +211,9 @@ def resolve(trainable: str, import_path: str | None) -> Trainable:
     if import_path is not None and import_path not in sys.path:
         sys.path.append(import_path)
     module_name, _, name = _full_name(trainable).partition(":")
-    function = getattr(import_large(module_name), name, None)
+    # Of a user's own module nobody knows what it leaves behind.
+    load = import_large if module_name.startswith("trainables.") else importlib.import_module
+    function = getattr(load(module_name), name, None)
     if not callable(function):
         found = f"module {module_name} has no function {name!r}"
         raise TrainableError(Problem("trainable", "names a generator function", found, "package.module:function"))

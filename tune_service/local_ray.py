@@ -28,7 +28,7 @@ LOCK = ".lock"
 END_S = 5.0
 SETTLE_S = 0.02
 """A process that is just being started is there, with its environment, after so long."""
-LOOK_S = 1.0
+LOOK_S, FIRST_LOOK_S = 1.0, 0.1
 STOPPED_S = 20.0
 """Ray's servers may stand still for so long (SIGSTOP) before the study is ended for it."""
 SERVERS = ("gcs_server", "raylet")
@@ -58,6 +58,8 @@ ENVIRONMENT = TUNE_ENVIRONMENT | {
     # early, for the socket is made at that moment.
     "RAY_raylet_client_connect_timeout_milliseconds": "20",
     "RAY_raylet_client_num_connect_attempts": "500",
+    # Each minute, Ray's servers would write 100 MB a day and more.
+    "RAY_event_stats_print_interval_ms": "3600000",
 }
 
 
@@ -82,6 +84,7 @@ def scratch_folder() -> Iterator[Path]:
     scratch, descriptor = held_folder(root, "tune-", LOCK)
     os.environ[SCRATCH] = str(scratch)
     guard = _guard(scratch)
+    _guards.add(guard.pid)
     try:
         yield scratch
     finally:
@@ -92,6 +95,7 @@ def scratch_folder() -> Iterator[Path]:
             os.close(descriptor)
             guard.kill()
             guard.communicate()
+            _guards.discard(guard.pid)
 
 
 def _guard(scratch: Path) -> subprocess.Popen[bytes]:
@@ -141,18 +145,18 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
 
     others = set(psutil.Process().children(recursive=True))
     try:
-        with interrupts_put_off(), quick_start():
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=gpus,
-                namespace=namespace,
-                include_dashboard=False,
-                log_to_driver=False,
-                object_store_memory=100_000_000,
-                _temp_dir=str(scratch),
-            )
         with _watched(on_lost, others):
+            with interrupts_put_off(), quick_start():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    num_gpus=gpus,
+                    namespace=namespace,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    object_store_memory=100_000_000,
+                    _temp_dir=str(scratch / "ray"),  # which Ray opens to all users, but not what it lies in
+                )
             yield
     finally:
         with undisturbed():
@@ -214,16 +218,23 @@ def _remove(scratch: Path) -> None:
 
 @contextmanager
 def _watched(on_lost: Callable[[str], None], others: set[psutil.Process]) -> Iterator[None]:
-    """Looks every second whether Ray's two servers live. `others`: children that were there before, orphans perhaps."""
-    servers = [each for each in psutil.Process().children() if each.name() in SERVERS and each not in others]
+    """Looks every second whether Ray's two servers live, from when they are there, as Ray itself does not while it
+    starts. `others`: children that were there before, orphans perhaps.
+    """
+    servers: dict[psutil.Process, str] = {}
     end = threading.Event()
 
     def look() -> None:
         stopped_s = 0.0
-        while not end.wait(LOOK_S):
-            states = {server.name(): _state(server) for server in servers}
+        look_s = FIRST_LOOK_S
+        while not end.wait(look_s):
+            if len(servers) == len(SERVERS):
+                look_s = LOOK_S
+            else:
+                servers.update(_servers(others))
+            states = {name: _state(server) for server, name in servers.items()}
             gone = [name for name, state in states.items() if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
-            stopped_s = stopped_s + LOOK_S if psutil.STATUS_STOPPED in states.values() else 0.0
+            stopped_s = stopped_s + look_s if psutil.STATUS_STOPPED in states.values() else 0.0
             if (gone or stopped_s > STOPPED_S) and not end.is_set():
                 on_lost(f"Ray's {', '.join(gone)} died" if gone else f"Ray was stopped for {stopped_s:.0f} s")
                 return
@@ -235,6 +246,16 @@ def _watched(on_lost: Callable[[str], None], others: set[psutil.Process]) -> Ite
     finally:
         end.set()
         thread.join()
+
+
+def _servers(others: set[psutil.Process]) -> dict[psutil.Process, str]:
+    """Ray's two, as far as they have been started, and their names: of one that has died nothing tells it."""
+    found = {}
+    for each in set(psutil.Process().children()) - others:
+        with contextlib.suppress(psutil.Error):
+            if (name := each.name()) in SERVERS:
+                found[each] = name
+    return found
 
 
 def _state(process: psutil.Process) -> str:
@@ -249,16 +270,24 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+_guards: set[int] = set()
+"""Process numbers."""
+
+
 def end_children() -> None:
-    """Ends all that this process has started, frozen or not: whoever waits for an answer of it gets an error."""
+    """Ends all that this process has started, frozen or not: whoever waits for an answer of it gets an error.
+
+    But for the guard: where this process ends too, it clears up.
+    """
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            process.kill()
+            if process.pid not in _guards:
+                process.kill()
 
 
 def _scratch_root() -> str:
     """The temporary folder, or /tmp where that one's path is too long: a socket's name has room for 107 bytes."""
-    socket = "/tune-12345678/session_2026-11-24_06-00-00_123456_1234567/sockets/plasma_store"
+    socket = "/tune-12345678/ray/session_2026-11-24_06-00-00_123456_1234567/sockets/plasma_store"
     root = tempfile.gettempdir()
     return root if len(os.fsencode(root + socket)) <= 107 else "/tmp"
 

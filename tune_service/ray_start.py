@@ -13,6 +13,8 @@ from typing import Any
 NODE_S = 10.0
 """Within it Ray's node is there on any machine; else Ray goes on looking by itself."""
 NODE_LOOK_S = 0.02
+NOWHERE = b"127.0.0.1:9"
+"""An address where nobody listens."""
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def quick_start() -> Iterator[None]:
     These are the dashboard's server, which it starts where none is wanted too, and the agent's part in it; the
     autoscaler; and what passes logs on to a driver that wants none. And it looks for its node once a second.
     """
-    from ray._private import parameter, services, utils
+    from ray._private import parameter, ray_constants, services, utils
     from ray._private.state import GlobalState
 
     get_node = services.get_node
@@ -66,10 +68,18 @@ def quick_start() -> Iterator[None]:
             time.sleep(NODE_LOOK_S)
         return get_node(gcs_address, node_id)
 
+    def no_dashboard(
+        included: object, required: object, host: object, gcs: str, cluster: str, *_: object, **__: object
+    ) -> Any:
+        # The agent would look for its address all the time, and log that it found none.
+        address, space = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
+        services.GcsClient(address=gcs, cluster_id=cluster).internal_kv_put(address, NOWHERE, True, space)
+        return "", None
+
     params = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
     with ExitStack() as replaced:
         replaced.enter_context(_replaced(parameter, "RayParams", params))
-        replaced.enter_context(_replaced(services, "start_api_server", lambda *_, **__: ("", None)))
+        replaced.enter_context(_replaced(services, "start_api_server", no_dashboard))
         replaced.enter_context(_replaced(services, "get_node", get_node_soon))
         replaced.enter_context(_replaced(utils, "get_dashboard_dependency_error", lambda: "none is wanted"))
         yield

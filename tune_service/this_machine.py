@@ -51,8 +51,10 @@ class ThisMachine:
     def planned_cpus(self, spec: StudySpec) -> int:
         """How many CPUs Ray is told of, which starts a process for each with itself: as many as the study needs.
 
-        One is a supervisor's, and one a rank's.
+        One is a supervisor's, and one a rank's. A trainable of the user's own may have tasks for Ray, and so all.
         """
+        if not spec.is_finetune:
+            return self.room.cpus
         concurrent, resources = self._concurrent(spec), spec.resources
         processes = concurrent * (1 + resources.workers)
         asked = math.ceil(concurrent * resources.workers * resources.cpus_per_worker)
