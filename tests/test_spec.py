@@ -15,6 +15,7 @@ from search_spaces import Choice, Domain, IntUniform, LogUniform, Uniform
 from search_spaces.domains import SearchSpace
 from trainables.config import TrainingConfig
 from trainables.errors import Problem
+from trainables.redaction import names_secret
 from tune_service.errors import SpecError, error_json, exit_code
 from tune_service.spec import (
     TUNABLE_FIELDS,
@@ -551,7 +552,9 @@ training_fields = st.fixed_dictionaries(
     },
 )
 SPECIAL = ["1e-5", "1e5", "no", "~", "line\nbreaks\r\x85\u2028"]
-text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8) | st.sampled_from(SPECIAL)
+text = (st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8) | st.sampled_from(SPECIAL)).filter(
+    lambda found: not names_secret(found)  # a spec with a key of that name is refused
+)
 plain_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
