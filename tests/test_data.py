@@ -173,7 +173,9 @@ def test_a_missing_shard_is_counted(tmp_path: Path) -> None:
         (["True", "False"], ["True"], ("False", "True")),  # as they are written
         (["0", "1", "unknown"], ["0", "1"], ("0", "1", "unknown")),
         (["2020-01-01", "2020-01-02"], ["2020-01-01"], ("2020-01-01", "2020-01-02")),
-        (["1.0", "1.10"], ["1.10"], ("1.0", "1.10")),
+        (["v1.0", "v1.10"], ["v1.10"], ("v1.0", "v1.10")),
+        (["pos ", " neg"], ["neg"], ("neg", "pos")),
+        (["yes", "NA"], ["NA"], ("NA", "yes")),
         (["nan", "inf"], ["inf"], ("inf", "nan")),
         (["10", "9", "-1"], ["9"], ("-1", "9", "10")),  # numbers, in their order
     ],
@@ -186,7 +188,7 @@ def test_classes_in_a_csv_file_are_what_is_written_there(
     data = read_texts(own(tmp_path))
     assert data.label_names == classes
     for split in data.splits.values():
-        assert [(classes[label],) for label in split.labels] == split.texts
+        assert [(classes[label],) for label in split.labels] == [(text.strip(),) for (text,) in split.texts]
 
 
 def test_shards_of_a_csv_file_need_not_look_alike(tmp_path: Path) -> None:
@@ -204,11 +206,31 @@ def test_numbers_in_a_csv_file_are_what_the_other_split_has(other: list[Any], tm
     assert read_texts(own(tmp_path)).splits["validation"].labels.tolist() == [0, 1]
 
 
-def test_an_empty_label_in_a_csv_file_is_none(tmp_path: Path) -> None:
-    write(tmp_path, "train", "csv", text=["p", "q", "r"], label=["a", "", ""])
-    write(tmp_path, "validation", "csv", text=["p"], label=["a"])
+@pytest.mark.parametrize("labels", [["a", "", ""], ["1", "NA", "nan"]])
+def test_an_empty_label_in_a_csv_file_is_none(labels: list[str], tmp_path: Path) -> None:
+    write(tmp_path, "train", "csv", text=["p", "q", "r"], label=labels)
+    write(tmp_path, "validation", "csv", text=["p"], label=labels[:1])
     (problem,) = problems_of(own(tmp_path))
     assert problem.found == "2 rows without one, the first is row 2"
+
+
+def test_scores_in_a_csv_file_are_no_classes(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path, split, "csv", text=["p", "q"], label=["1", "0.5"])
+    assert [problem.found for problem in problems_of(own(tmp_path))] == ["numbers such as 0.5"] * 2
+
+
+def test_the_splits_of_a_task_in_csv_files_may_have_ids_or_names(tmp_path: Path) -> None:
+    mrpc = DataConfig(task="mrpc", path=str(tmp_path))
+    texts = {"sentence1": ["p", "q"], "sentence2": ["r", "s"]}
+    write(tmp_path, "train", "csv", **texts, label=["0", "1"])
+    write(tmp_path, "validation", "csv", **texts, label=["equivalent", "not_equivalent"])
+    assert [split.labels.tolist() for split in read_texts(mrpc).splits.values()] == [[0, 1], [1, 0]]
+    write(tmp_path, "train", "csv", **texts, label=["0", ""])
+    write(tmp_path, "validation", "csv", **texts, label=["1", "-1"])
+    missing, hidden = problems_of(mrpc)
+    assert missing.found == "1 rows without one, the first is row 2"
+    assert hidden.found == "-1 in 1 rows (-1 marks the hidden labels of a test split)"
 
 
 def test_scores_in_a_csv_file_are_numbers(tmp_path: Path) -> None:

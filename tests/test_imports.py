@@ -140,7 +140,7 @@ def test_colossalai_is_imported_at_the_start_of_two_ranks_or_more(world_size: in
     assert run.stdout.split() == [str(is_imported)]
 
 
-def test_rows_are_read_without_pandas(tmp_path: Path) -> None:
+def test_classes_in_parquet_are_read_without_pandas(tmp_path: Path) -> None:
     """A rank has no other use for it, and every cold start would wait for it."""
     for split in ("train", "validation"):
         pq.write_table(pa.table({"text": ["p", "q"], "label": ["no", "yes"]}), tmp_path / f"{split}.parquet")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainables.optimizer import AdamW, _norm, lr_lambda, rates_of
+from trainables.optimizer import AdamW, _norm, lr_lambda, one_pass_on, one_pass_soon, rates_of
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -146,3 +146,19 @@ def test_a_schedule_of_warmup_only_or_of_one_step_has_no_division_by_zero(schedu
     assert shares(schedule, 2, 1.0)[:2] == [0, 0.5]
     assert shares(schedule, 1, 0.1)[0] == 1.0
     assert all(0 <= share <= 1 for share in shares(schedule, 0, 0.1))
+
+
+def test_a_look_for_the_kernel_that_ran_out_of_memory_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def full(*_: object, **__: object) -> None:
+        looks.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "full", full)
+    one_pass_soon(torch.device("cuda"))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            one_pass_on(torch.device("cuda"))
+    assert len(looks) >= 2
+    assert one_pass_on(torch.device("cpu")) is None

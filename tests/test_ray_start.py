@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,17 +17,25 @@ import pytest
 from tune_service.ray_start import interrupts_put_off, quick_start
 
 STARTS = """
-import os, sys
+import os, signal, sys
 from tune_service.local_ray import end_children, local_ray, prepare_environment, scratch_folder
 def lost(why):
     print(why, flush=True)
     end_children()
     os._exit(7)
+def interrupt(number, frame):
+    raise KeyboardInterrupt(signal.Signals(number).name)
+for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(each, interrupt)
 prepare_environment(2)
-with scratch_folder() as scratch:
-    print(scratch, flush=True)
-    with local_ray(scratch, 2, 0, "dies", lost):
-        print("has started", flush=True)
+try:
+    with scratch_folder() as scratch:
+        print(scratch, flush=True)
+        with local_ray(scratch, 2, 0, "dies", lost):
+            print("has started", flush=True)
+except KeyboardInterrupt as told:
+    print(f"interrupted by {told}", flush=True)
+    os._exit(130)
 """
 
 
@@ -83,22 +94,47 @@ def test_what_ray_starts_with_is_put_back_after_a_start_that_failed() -> None:
     assert found() == before
 
 
+@contextmanager
+def starting(server: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A driver whose Ray is just starting that server, and its scratch folder. At the end both must be gone."""
+    driver = subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert driver.stdout is not None
+        scratch, end = Path(driver.stdout.readline().strip()), time.monotonic() + 60
+        while not named(driver, server) and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        yield driver, scratch
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert alive == []
+        while scratch.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not scratch.exists()
+    finally:
+        driver.kill()
+        driver.communicate()
+
+
+def named(driver: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    return [each for each in psutil.Process(driver.pid).children() if each.name() == name]
+
+
 @pytest.mark.parametrize("server", ["gcs_server", "raylet"])
 def test_a_server_that_dies_while_ray_starts_is_told_at_once_and_nothing_is_left(server: str) -> None:
     """Ray itself waits for it for half a minute."""
-    driver = subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
-    scratch, end = Path(driver.stdout.readline().strip()), time.monotonic() + 60
-    found: list[psutil.Process] = []
-    while not found and time.monotonic() < end:
-        found = [each for each in psutil.Process(driver.pid).children() if each.name() == server]
-    family = psutil.Process(driver.pid).children(recursive=True)
-    time.sleep(0.3)
-    found[0].kill()
-    words, _ = driver.communicate(timeout=10)
-    assert (words.strip(), driver.returncode) == (f"Ray's {server} died", 7)
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert alive == []
-    while scratch.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not scratch.exists()
+    with starting(server) as (driver, _):
+        named(driver, server)[0].kill()
+        began = time.monotonic()
+        words, _ = driver.communicate(timeout=30)
+        assert time.monotonic() - began < 3
+        assert (words.strip(), driver.returncode) == (f"Ray's {server} died", 7)
+
+
+@pytest.mark.parametrize("way", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT], ids=lambda way: way.name)
+def test_a_signal_that_ends_rays_servers_too_is_an_interrupt(way: signal.Signals) -> None:
+    """As of a terminal that is closed."""
+    with starting("raylet") as (driver, _):
+        os.killpg(driver.pid, way)
+        words, _ = driver.communicate(timeout=30)
+        assert (words.strip(), driver.returncode) == (f"interrupted by {way.name}", 130)

@@ -15,7 +15,10 @@ from trainables.errors import DataError, Problem
 from trainables.glue import TASKS, Task
 from trainables.tables import all_columns, folder_tables, hub_tables, is_untyped, some
 
-WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_NO_VALUE = {"", "NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None"}
+"""Fields of a csv file; those with letters only where all others are numbers."""
 Text = tuple[str, ...]
 Column: TypeAlias = "pa.ChunkedArray[Any]"
 
@@ -49,13 +52,15 @@ def read_texts(config: DataConfig) -> TextData:
     columns = task.text if task else config.text or ()
     names = ("train", *(task.validation if task else ("validation",)))
     wanted = (*columns, config.label)
-    untyped = columns if task and task.is_regression else wanted
-    tables = folder_tables(config.path, names, wanted, untyped, problems) if config.path else hub_tables(task, names)
+    has_classes = not (task and task.is_regression)
+    as_strings = wanted if has_classes else columns
+    tables = folder_tables(config.path, names, wanted, as_strings, problems) if config.path else hub_tables(task, names)
     tables = {name: table for name, table in tables.items() if _has_rows(name, table, problems)}
     texts = {name: _texts(name, table, columns, task, problems) for name, table in tables.items()}
     columns_of_labels = {name: _column(table, config.label) for name, table in tables.items()}
-    if untyped is wanted:
-        _type_labels(columns_of_labels, {name for name, table in tables.items() if is_untyped(table)}, problems)
+    if has_classes:
+        untyped = {name for name, table in tables.items() if is_untyped(table)}
+        _type_labels(columns_of_labels, untyped, task, problems)
     labels, label_names = _labels(columns_of_labels, task, problems)
     for name, table in tables.items():
         if config.label not in table.column_names:
@@ -126,25 +131,52 @@ def _labels(
     return _class_ids(whole, task, problems)
 
 
-def _type_labels(columns: dict[str, Column | None], untyped: set[str], problems: list[Problem]) -> None:
-    """Labels from csv files are numbers where all of them are, as they would be written, and no other split has texts.
+def _type_labels(
+    columns: dict[str, Column | None], untyped: set[str], task: Task | None, problems: list[Problem]
+) -> None:
+    """Labels from csv files are numbers where all are whole numbers, as one writes them; else texts, to the letter.
 
-    Else they are texts, to the letter: 007 and 7 are two classes.
+    007 and 7 are two classes. Of data of the user's own all splits are alike; those of a task may differ.
     """
-    read = {split: labels for split, labels in columns.items() if labels is not None}
-    values = {split: labels.to_pylist() for split, labels in read.items() if split in untyped}
-    for split, found in values.items():
-        if "" in found:
-            where = f"{found.count('')} rows without one, the first is row {found.index('') + 1}"
-            problems.append(Problem("data.label", f"each row of {split} has a label", where, "no empty fields"))
+    found: dict[str, list[str | None]] = {}
+    for split, labels in columns.items():
+        if labels is None or split not in untyped:
+            continue
+        found[split] = [text and text.strip() for text in labels.to_pylist()]
+        if problem := _no_labels(split, found[split]):
+            problems.append(problem)
             columns[split] = None
-    others = [labels for split, labels in read.items() if split not in untyped]
-    if all(pa.types.is_integer(labels.type) for labels in others) and all(
-        value and WHOLE.fullmatch(value) for found in values.values() for value in set(found)
-    ):
-        for split in values:
-            if (labels := columns[split]) is not None:
-                columns[split] = labels.cast(pa.int64())
+            del found[split]
+    are_whole = {split: all(map(_is_whole, set(texts))) for split, texts in found.items()}
+    if task is None:
+        others = [labels for split, labels in columns.items() if labels is not None and split not in untyped]
+        is_whole = all(are_whole.values()) and all(pa.types.is_integer(labels.type) for labels in others)
+        are_whole = dict.fromkeys(found, is_whole)
+    for split, texts in found.items():
+        labels = columns[split]
+        assert labels is not None
+        if texts != labels.to_pylist():
+            labels = pa.chunked_array([pa.array(texts, pa.string())])
+        columns[split] = labels.cast(pa.int64()) if are_whole[split] else labels
+
+
+def _no_labels(split: str, texts: Sequence[str | None]) -> Problem | None:
+    """What keeps the fields of a csv file from being labels of classes."""
+    known = [text for text in texts if text is not None and text not in _NO_VALUE]
+    are_numbers = bool(known) and all(map(_NUMBER.fullmatch, known))
+    missing = [row for row, text in enumerate(texts, 1) if text == "" or (are_numbers and text in _NO_VALUE)]
+    if missing:
+        found = f"{len(missing)} rows without one, the first is row {missing[0]}"
+        return Problem("data.label", f"each row of {split} has a label", found, "a label in each row")
+    score = next((text for text in known if not text.isdigit() and not _is_whole(text)), None)
+    if score is None or not are_numbers:
+        return None
+    expected = "integers or strings (only stsb has scores)"
+    return Problem("data.label", f"the labels of {split} are classes", f"numbers such as {score}", expected)
+
+
+def _is_whole(text: str | None) -> bool:
+    return text is not None and bool(_WHOLE.fullmatch(text)) and -(2**63) <= int(text) < 2**63
 
 
 def _right_kind(split: str, labels: Column, task: Task | None, problems: list[Problem]) -> bool:
@@ -176,7 +208,7 @@ def _class_ids(
     for split, labels in columns.items():
         if task:  # GLUE's own files hold the ids, other copies the names
             values = list(task.labels) if pa.types.is_string(labels.type) else list(range(len(task.labels)))
-        # Not by pyarrow's functions: they would import pandas, which takes a rank a quarter of a second.
+        # Not by `pa.array`, which would import pandas: that takes a rank a quarter of a second.
         numbers = {value: number for number, value in enumerate(values)}
         ids[split] = np.array([numbers.get(label, -1) for label in labels.to_pylist()], dtype=np.int64)
         unknown = ids[split] < 0
@@ -190,7 +222,7 @@ def _class_ids(
 
 def _unknown_labels(split: str, labels: Column, known: Sequence[object]) -> Problem:
     unknown = labels.unique().to_pylist()
-    hidden = " (-1 marks the hidden labels of a test split)" if -1 in unknown else ""
+    hidden = " (-1 marks the hidden labels of a test split)" if {-1, "-1"} & set(unknown) else ""
     return Problem(
         "data.label",
         f"every label of {split} is one of the task's or of train's classes",

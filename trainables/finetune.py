@@ -159,7 +159,7 @@ class Run:
         self.epoch, self.step = epoch, self.step + len(batches)
         metrics = {"train_loss": loss_sum / len(lengths), "learning_rate": learning_rates[-1]}
         if self.data.label_names:
-            # Rows before the loss was lost count for nothing: they say nothing of what the weights are now.
+            # Where the loss is no number, the weights are none either, and the rows before say nothing of them.
             metrics["train_accuracy"] = correct / len(lengths) if math.isfinite(loss_sum) else math.nan
         return metrics | {"tokens_per_s": float(lengths.sum()) / train_s}
 

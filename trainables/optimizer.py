@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -137,22 +138,25 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 def one_pass_on(device: torch.device) -> type[OnePass] | None:
     """`OnePass`, where it runs: that takes an NVIDIA or AMD GPU, Triton, a C compiler and Python's headers."""
-    try:
-        return one_pass_soon(device).result()
-    except Exception:  # out of memory: another time there may be some
-        one_pass_soon.cache_clear()
-        raise
+    with _looking:
+        return _one_pass_that_runs(device)
+
+
+def one_pass_soon(device: torch.device) -> None:
+    """Begins to look for it, in a thread: where Triton has yet to compile the kernel that takes seconds."""
+
+    def look() -> None:
+        with suppress(Exception):  # whoever needs it looks again
+            one_pass_on(device)
+
+    if device.type == "cuda":
+        Thread(target=look, name="one-pass", daemon=True).start()
+
+
+_looking = Lock()
 
 
 @lru_cache
-def one_pass_soon(device: torch.device) -> Future[type[OnePass] | None]:
-    """Begins to look for it, in a thread: where Triton has yet to compile the kernel that takes seconds."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="one-pass")
-    found = pool.submit(_one_pass_that_runs, device)
-    pool.shutdown(wait=False)
-    return found
-
-
 def _one_pass_that_runs(device: torch.device) -> type[OnePass] | None:
     if device.type != "cuda":
         return None

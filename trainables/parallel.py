@@ -70,7 +70,7 @@ def launch(rank: int, world_size: int, device: torch.device) -> None:
     os.environ["LOCAL_RANK"] = "0"  # each rank sees its own GPU only, as device 0
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # All work of this process: the default stream cannot be captured, and DDP keeps to the stream it was made on.
+        # All work of this thread: the default stream cannot be captured, and DDP keeps to the stream it was made on.
         torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     if host == "127.0.0.1":

@@ -143,10 +143,10 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
     """
     import ray
 
-    others = set(psutil.Process().children(recursive=True))
+    others, told = set(psutil.Process().children(recursive=True)), list[int]()
     try:
-        with _watched(on_lost, others):
-            with interrupts_put_off(), quick_start():
+        with _watched(scratch, on_lost, others, told):
+            with interrupts_put_off(told), quick_start(told):
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -217,9 +217,12 @@ def _remove(scratch: Path) -> None:
 
 
 @contextmanager
-def _watched(on_lost: Callable[[str], None], others: set[psutil.Process]) -> Iterator[None]:
+def _watched(
+    scratch: Path, on_lost: Callable[[str], None], others: set[psutil.Process], told: Collection[int]
+) -> Iterator[None]:
     """Looks every second whether Ray's two servers live, from when they are there, as Ray itself does not while it
-    starts. `others`: children that were there before, orphans perhaps.
+    starts. `others`: children that were there before, orphans perhaps. `told`: signals, which end the servers too where
+    a whole group got them.
     """
     servers: dict[psutil.Process, str] = {}
     end = threading.Event()
@@ -235,8 +238,9 @@ def _watched(on_lost: Callable[[str], None], others: set[psutil.Process]) -> Ite
             states = {name: _state(server) for server, name in servers.items()}
             gone = [name for name, state in states.items() if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
             stopped_s = stopped_s + look_s if psutil.STATUS_STOPPED in states.values() else 0.0
-            if (gone or stopped_s > STOPPED_S) and not end.is_set():
-                on_lost(f"Ray's {', '.join(gone)} died" if gone else f"Ray was stopped for {stopped_s:.0f} s")
+            if (gone or stopped_s > STOPPED_S) and not told and not end.is_set():
+                died = "; ".join(f"Ray's {name} died{_last_words(scratch, name)}" for name in gone)
+                on_lost(died or f"Ray was stopped for {stopped_s:.0f} s")
                 return
 
     thread = threading.Thread(target=look, name="ray-watch", daemon=True)
@@ -256,6 +260,15 @@ def _servers(others: set[psutil.Process]) -> dict[psutil.Process, str]:
             if (name := each.name()) in SERVERS:
                 found[each] = name
     return found
+
+
+def _last_words(scratch: Path, server: str) -> str:
+    """What it says of its end, if anything: the file goes with the scratch folder."""
+    try:
+        lines = (scratch / "ray/session_latest/logs" / f"{server}.err").read_text(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((f": {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")
 
 
 def _state(process: psutil.Process) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, Signals, getsignal, raise_signal, signal
+from threading import Event, Thread
 from types import FrameType
 from typing import Any
 
@@ -18,15 +19,15 @@ NOWHERE = b"127.0.0.1:9"
 
 
 @contextmanager
-def interrupts_put_off() -> Iterator[None]:
-    """Ctrl-C and its kin wait until it is done, some seconds, but for a second one.
+def interrupts_put_off(told: list[int] | None = None) -> Iterator[None]:
+    """Ctrl-C and its kin wait until `ray.init` is done, some seconds, but for a second one. `told` gets their numbers.
 
     An exception where it connects ends the process by SIGSEGV or SIGABRT at times. So does its own answer to SIGTERM,
     which it would put in the place of ours.
     """
     from ray._private import utils
 
-    told: list[int] = []
+    told = [] if told is None else told
     before = {number: getsignal(number) for number in (SIGINT, SIGTERM, SIGHUP)}
 
     def put_off(number: int, frame: FrameType | None) -> None:
@@ -49,11 +50,12 @@ def interrupts_put_off() -> Iterator[None]:
 
 
 @contextmanager
-def quick_start() -> Iterator[None]:
+def quick_start(told: Sequence[int] = ()) -> Iterator[None]:
     """For a Ray of one's own: half of its processes, and 1.5 s of its start, serve nothing here.
 
     These are the dashboard's server, which it starts where none is wanted too, and the agent's part in it; the
-    autoscaler; and what passes logs on to a driver that wants none. And it looks for its node once a second.
+    autoscaler; and what passes logs on to a driver that wants none. And it looks for its node once a second; here it
+    does not wait for that once signals were `told`.
     """
     from ray._private import parameter, ray_constants, services, utils
     from ray._private.state import GlobalState
@@ -61,11 +63,21 @@ def quick_start() -> Iterator[None]:
     get_node = services.get_node
 
     def get_node_soon(gcs_address: str, node_id: str) -> Any:
-        state = GlobalState()
-        state._initialize_global_state(services._get_gcs_client_options(gcs_address))
+        is_there = Event()
+
+        def look() -> None:
+            with suppress(Exception):  # then Ray looks by itself
+                state = GlobalState()
+                state._initialize_global_state(services._get_gcs_client_options(gcs_address))
+                while all(node["NodeID"] != node_id for node in state.node_table()):
+                    time.sleep(NODE_LOOK_S)
+            is_there.set()
+
+        Thread(target=look, name="node-look", daemon=True).start()  # which stands still where the server is gone
         end = time.monotonic() + NODE_S
-        while time.monotonic() < end and all(node["NodeID"] != node_id for node in state.node_table()):
-            time.sleep(NODE_LOOK_S)
+        while not is_there.wait(NODE_LOOK_S) and time.monotonic() < end:
+            if told:  # nothing is connected yet, so that an exception does no harm
+                raise KeyboardInterrupt(Signals(told[0]).name)
         return get_node(gcs_address, node_id)
 
     def no_dashboard(

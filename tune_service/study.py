@@ -155,8 +155,8 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
     try:
         with _terminate_as_interrupt():
             place.prepare(spec)
-            import_large("tune_service.tuner")  # and Ray, which reads the environment then
-            from tune_service.tuner import run_trials
+            import_large("tune_service.tuner")  # and with it Ray, which reads the environment then
+            from tune_service.tuner import run_trials  # with its types
 
             with folder.driver_log() as log, output_to(log):
                 on_lost = _abort_of(spec.name, place, display)
