@@ -294,7 +294,9 @@ def end_children() -> None:
     """
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.pid not in _guards:
+            if process.pid in _guards:
+                process.resume()  # it may have been frozen with the others
+            else:
                 process.kill()
 
 
