@@ -131,6 +131,13 @@ def test_a_server_that_dies_while_ray_starts_is_told_at_once_and_nothing_is_left
         assert (words.strip(), driver.returncode) == (f"Ray's {server} died", 7)
 
 
+def test_what_a_server_says_of_its_end_is_told_with_it() -> None:
+    with starting("raylet") as (driver, _):
+        named(driver, "raylet")[0].send_signal(signal.SIGABRT)
+        words, _ = driver.communicate(timeout=30)
+        assert words.startswith("Ray's raylet died: *** SIGABRT received at time="), words
+
+
 @pytest.mark.parametrize("way", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT], ids=lambda way: way.name)
 def test_a_signal_that_ends_rays_servers_too_is_an_interrupt(way: signal.Signals) -> None:
     """As of a terminal that is closed."""

@@ -35,8 +35,7 @@ class DataConfig(Settings):
     text: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
     """One or two text columns; only for a path without a task."""
     label: str = "label"
-    """The label column: integers or strings, mapped in sorted order. In csv files integers where all
-    are, else strings."""
+    """The label column: integers or strings, mapped in sorted order. In csv files integers where all look so."""
 
 
 class TrainingConfig(Settings):

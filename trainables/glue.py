@@ -78,7 +78,7 @@ def eval_metrics(task: str | None, logits: np.ndarray, labels: np.ndarray, suffi
     """The metrics of one whole validation split, from `logits` (rows, classes) and its labels.
 
     `suffix` is for mnli's second split: with `_mismatched`, only the metrics that the task reports with that ending.
-    A logit that is not finite makes all of them nan: such a trial has diverged, and a Matthews of 0 might win.
+    A logit that is not finite makes all of them nan: the trial has diverged, and a score of 0 would beat lower ones.
     """
     assert len(logits) == len(labels) > 0, "metrics need one label for each row, and at least one row"
     logits = np.asarray(logits, dtype=np.float64)

@@ -12,8 +12,8 @@ def import_large(name: str) -> ModuleType:
     """A module of ours. Where it is not loaded yet, Python's collector passes over all that there is by then.
 
     What is imported stays; to look for garbage in it, a million objects, takes a sixth of the import's time, and as
-    long again at each full collection later. Garbage that is there by then stays, too: so not
-    for modules of others, and only in a process that has done nothing yet.
+    long again at each full collection later. Garbage that is there by then stays, too: so not for modules of others,
+    and only in a process that has done nothing yet.
     """
     if name in sys.modules:
         return sys.modules[name]

@@ -22,20 +22,16 @@ MOST_SHOWN = 20
 CSV_BLOCK_BYTES = 1 << 26
 """A row has to fit into one."""
 
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    OverflowError,
-    pa.ArrowException,
-)  # UnicodeError and JSONDecodeError are ValueErrors
+# UnicodeError and JSONDecodeError are ValueErrors.
+_UNREADABLE = (OSError, ValueError, OverflowError, pa.ArrowException)
 
 
 def folder_tables(
-    path: str, names: Sequence[str], wanted: Sequence[str], texts: Sequence[str], problems: list[Problem]
+    path: str, names: Sequence[str], wanted: Sequence[str], as_strings: Sequence[str], problems: list[Problem]
 ) -> dict[str, pa.Table]:
     """The wanted columns of each split that can be read; what is wrong goes to `problems`.
 
-    `texts` are strings in a csv file, where nothing else says of what type a column is.
+    Columns of a csv file have no type: `as_strings` are read as they are written there.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -45,7 +41,7 @@ def folder_tables(
     tables = {}
     for name in names:
         try:
-            parts = [_read_file(file, wanted, texts) for file in _split_files(folder, name)]
+            parts = [_read_file(file, wanted, as_strings) for file in _split_files(folder, name)]
             tables[name] = pa.concat_tables(parts, promote_options="permissive")
         except DataError as error:
             problems.extend(error.problems)
@@ -63,14 +59,12 @@ def _split_files(folder: Path, name: str) -> list[Path]:
     """The file of a split, or its shards in order; in the folder itself or in its `data`. Else raises DataError."""
     # The hub put a hash behind the numbers of a shard.
     pattern = re.compile(rf"{re.escape(name)}(?:-(\d{{5}})-of-(\d{{5}})(?:-\w+)?)?\.(parquet|csv|jsonl)")
-    found: dict[tuple[Path, str, str], list[Path]] = {}
-    numbers: dict[Path, str] = {}
+    found: dict[tuple[Path, str, str], list[tuple[int, Path]]] = {}
     files = sorted(file for place in (folder, folder / "data") if place.is_dir() for file in place.iterdir())
     for file in files:
         match = pattern.fullmatch(file.name)
         if match and file.is_file():
-            found.setdefault((file.parent, match[3], match[2] or ""), []).append(file)
-            numbers[file] = match[1] or ""
+            found.setdefault((file.parent, match[3], match[2] or "1"), []).append((int(match[1] or 0), file))
     there = some([str(file.relative_to(folder)) for file in files]) or "nothing"
     if not found:
         expected = f"{name}.parquet, {name}.csv or {name}.jsonl"
@@ -78,14 +72,14 @@ def _split_files(folder: Path, name: str) -> list[Path]:
     if len(found) > 1:
         raise DataError(Problem("data.path", f"{folder} holds the split {name} once", there, f"one file for {name}"))
     (((_, _, shards), parts),) = found.items()
-    if shards and [int(numbers[part]) for part in parts] != list(range(int(shards))):
+    if [number for number, _ in parts] != list(range(int(shards))):
         counted = f"{len(parts)} of {int(shards)}" if len(parts) != int(shards) else there
         expected = f"{int(shards)} files, numbered from 0"
         raise DataError(Problem("data.path", f"every shard of {name} is there once", counted, expected))
-    return parts
+    return [file for _, file in parts]
 
 
-def _read_file(file: Path, wanted: Sequence[str], texts: Sequence[str]) -> pa.Table:
+def _read_file(file: Path, wanted: Sequence[str], as_strings: Sequence[str]) -> pa.Table:
     """The wanted columns of one file, as far as it has them. The others are named in the table's metadata."""
     try:
         match file.suffix:
@@ -95,7 +89,7 @@ def _read_file(file: Path, wanted: Sequence[str], texts: Sequence[str]) -> pa.Ta
                     _check_single(names, wanted, file)
                     table = parquet.read(columns=[name for name in names if name in wanted])
             case ".csv":
-                table = _read_csv(file, texts)
+                table = _read_csv(file, as_strings)
                 names = table.column_names
                 _check_single(names, wanted, file)
                 table = table.select([name for name in names if name in wanted])
@@ -128,13 +122,13 @@ def all_columns(table: pa.Table) -> list[str]:
     return list(json.loads(metadata[b"columns"])) if b"columns" in metadata else table.column_names
 
 
-def _read_csv(file: Path, texts: Sequence[str]) -> pa.Table:
+def _read_csv(file: Path, as_strings: Sequence[str]) -> pa.Table:
     return pcsv.read_csv(
         file,
         read_options=pcsv.ReadOptions(block_size=CSV_BLOCK_BYTES),
         parse_options=pcsv.ParseOptions(newlines_in_values=True),
         # A text is a text even where every row looks like a number or a date; an empty field is an empty text.
-        convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+        convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(as_strings, pa.string())),
     )
 
 

@@ -19,7 +19,9 @@ from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, signal
 
 import psutil
 
+from trainables.errors import MOST_SAID, printed
 from trainables.far import SCRATCH, held_folder, left_lock
+from trainables.redaction import redacted
 from tune_service.ray_start import interrupts_put_off, quick_start
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -58,7 +60,7 @@ ENVIRONMENT = TUNE_ENVIRONMENT | {
     # early, for the socket is made at that moment.
     "RAY_raylet_client_connect_timeout_milliseconds": "20",
     "RAY_raylet_client_num_connect_attempts": "500",
-    # Each minute, Ray's servers would write 100 MB a day and more.
+    # Written once a minute, as they are else, these statistics of Ray's servers are over 100 MB of logs a day.
     "RAY_event_stats_print_interval_ms": "3600000",
 }
 
@@ -239,7 +241,7 @@ def _watched(
             gone = [name for name, state in states.items() if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
             stopped_s = stopped_s + look_s if psutil.STATUS_STOPPED in states.values() else 0.0
             if (gone or stopped_s > STOPPED_S) and not told and not end.is_set():
-                died = "; ".join(f"Ray's {name} died{_last_words(scratch, name)}" for name in gone)
+                died = "; ".join(f"Ray's {name} died{_first_words(scratch, name)}" for name in gone)
                 on_lost(died or f"Ray was stopped for {stopped_s:.0f} s")
                 return
 
@@ -262,13 +264,14 @@ def _servers(others: set[psutil.Process]) -> dict[psutil.Process, str]:
     return found
 
 
-def _last_words(scratch: Path, server: str) -> str:
-    """What it says of its end, if anything: the file goes with the scratch folder."""
+def _first_words(scratch: Path, server: str) -> str:
+    """What it says of its end, if anything; the addresses below it tell nobody anything, and go with the folder."""
     try:
-        lines = (scratch / "ray/session_latest/logs" / f"{server}.err").read_text(errors="replace").split("\n")
+        with (scratch / "ray/session_latest/logs" / f"{server}.err").open(errors="replace") as log:
+            words = printed(redacted(log.readline(2 * MOST_SAID)).strip())[:MOST_SAID]
     except OSError:
         return ""
-    return next((f": {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")
+    return words and f": {words}"
 
 
 def _state(process: psutil.Process) -> str:
@@ -284,7 +287,7 @@ def _adopt_orphans() -> None:
 
 
 _guards: set[int] = set()
-"""Process numbers."""
+"""The process numbers of this process's guards."""
 
 
 def end_children() -> None:
