@@ -10,6 +10,24 @@ from hand_driven import HandDriven
 from tune_service.failures import MAX_IN_VAIN
 
 
+class Clock:
+    """The driver's own, from before there is a driver."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("tune_service.driver.time.monotonic", lambda: self.now)
+
+
+def overdue_after(study: HandDriven, clock: Clock, seconds: int) -> dict[int, float]:
+    """Trial -> when it was overdue first. The driver polls once a second: one that polls seldom was stopped itself."""
+    overdue: dict[int, float] = {}
+    for _ in range(seconds):
+        clock.now += 1.0
+        for number in study.driver.poll():
+            overdue.setdefault(number, clock.now)
+    return overdue
+
+
 def test_a_restart_counts_its_epochs_on_and_writes_a_repeated_one_once(tmp_path: Path) -> None:
     study = HandDriven(tmp_path)
     number = study.begin()
@@ -97,7 +115,7 @@ def test_a_supervisor_that_was_lost_before_it_took_its_trial_costs_a_restart_and
     study = HandDriven(tmp_path)
     asked = study.driver.ask()
     assert asked is not None
-    study.driver.handed_over(asked.number)
+    study.driver.handed_over(asked.number, is_warm=True)
     study.driver.supervisor_lost(asked.number, "node gone")
     assert study.begin() == asked.number
     assert study.trial(asked.number).restarts == 0, "it had not begun"
@@ -107,18 +125,27 @@ def test_a_supervisor_that_was_lost_before_it_took_its_trial_costs_a_restart_and
 def test_a_supervisor_that_is_silent_for_longer_than_it_said_is_overdue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = Clock(monkeypatch)
     study = HandDriven(tmp_path)
-    now = 1000.0
-    monkeypatch.setattr("tune_service.driver.time.monotonic", lambda: now)
     number, other = study.begin(), study.begin()
     study.report(number, 1, 0.5)  # the next one within 60 s, and 30 s for the way
-    now += 89
-    assert study.driver.poll() == []
-    now += 2
-    assert study.driver.poll() == [number]  # and not `other`, which is still being set up
+    assert overdue_after(study, clock, 89) == {}
+    assert overdue_after(study, clock, 2) == {number: 91.0}  # and not `other`, which is still being set up
     study.driver.supervisor_lost(number, "killed: overdue")
     assert study.driver.poll() == []
     assert study.trial(other).state == "running"
+
+
+def test_a_supervisor_whose_process_starts_has_the_start_s_time_and_a_warm_one_the_way_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    study = HandDriven(tmp_path, faults={"start_timeout_s": 100.0})
+    cold, warm = study.driver.ask(), study.driver.ask()
+    assert cold is not None and warm is not None
+    study.driver.handed_over(cold.number, is_warm=False)
+    study.driver.handed_over(warm.number, is_warm=True)
+    assert overdue_after(study, clock, 140) == {warm.number: 31.0, cold.number: 131.0}
 
 
 def test_three_trials_that_fail_alike_end_the_study_as_failed(tmp_path: Path) -> None:

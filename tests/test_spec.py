@@ -102,7 +102,13 @@ def test_a_spec_of_four_keys_has_the_defaults_of_the_contract() -> None:
         "budget": {"trials": 64, "concurrent_trials": None},
         "resources": {"workers": 1, "gpus_per_worker": 1, "cpus_per_worker": 1},
         "checkpoints": {"budget_gib": 20},
-        "faults": {"restarts_per_trial": 2, "step_timeout_s": None, "same_error_limit": 3, "on_oom": "fail"},
+        "faults": {
+            "restarts_per_trial": 2,
+            "step_timeout_s": None,
+            "start_timeout_s": 900.0,
+            "same_error_limit": 3,
+            "on_oom": "fail",
+        },
         "record": None,
         "trainable": "finetune",
     }

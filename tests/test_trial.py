@@ -18,7 +18,7 @@ from trainables import Context, Report
 from trainables.checkpoint import CheckpointStore
 from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
 from trainables.trial import TrialSupervisor, halved
-from trainables.worker import START_DEADLINE_S, Task
+from trainables.worker import Task
 from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
 
 MAX_EPOCHS = 2
@@ -133,7 +133,14 @@ def own_output() -> Iterator[None]:
 
 
 def supervisor(task: Task) -> Supervisor:
-    shape = {"name": "toy", "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0, "step_timeout_s": None}
+    shape = {
+        "name": "toy",
+        "workers": 1,
+        "cpus_per_worker": 1,
+        "gpus_per_worker": 0,
+        "step_timeout_s": None,
+        "start_timeout_s": 900.0,
+    }
     return Supervisor({"task": asdict(task), "group": shape})
 
 
@@ -313,7 +320,7 @@ def test_the_time_of_a_first_whole_checkpoint_is_judged_by_a_large_model_and_its
     assert (saved["saved"], saved["checkpoint_bytes"], saved["whole_bytes"]) == (2, 10, 4 * GB)
     found.step(), found.save_whole()
     assert found._whole_s is not None and 0.1 < found._whole_s / (4 * GB / 10) < 0.2
-    assert found._deadline.save_seconds == START_DEADLINE_S
+    assert found._deadline.save_seconds == 900.0
     whole = found.step()
     assert (whole["saved"], whole["whole_bytes"]) == (3, 21)
     assert found._deadline.save_seconds == 60.0

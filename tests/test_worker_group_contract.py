@@ -19,7 +19,7 @@ import pytest
 import ray
 
 from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
-from trainables.worker import START_DEADLINE_S, RankReport, Task
+from trainables.worker import RankReport, Task
 from trainables.worker_group import InProcessWorkerGroup, RayWorkerGroup, StepDeadline, WorkerGroup
 from tune_service.local_ray import local_ray, scratch_folder
 
@@ -54,7 +54,7 @@ def ray_group(workers: int = 1, deadline_s: float | None = None, name: str = "to
         cpus_per_worker=0.5,
         gpus_per_worker=0,
         placement_group=bundles,
-        deadline=StepDeadline(fixed_s=deadline_s),
+        deadline=StepDeadline(fixed_s=deadline_s, start_s=900.0),
     )
     try:
         yield group
@@ -367,8 +367,8 @@ def test_a_study_s_own_ray_is_two_servers_and_two_agents_and_no_dashboard(cluste
 
 
 def test_a_cold_group_has_longer_for_its_first_report_and_then_5_times_its_slowest_epoch() -> None:
-    deadline = StepDeadline(fixed_s=None)
-    assert deadline.seconds == START_DEADLINE_S == 900
+    deadline = StepDeadline(fixed_s=None, start_s=900.0)
+    assert deadline.seconds == 900.0
     deadline.saw(10.0)
     assert deadline.seconds == 60  # never less
     deadline.saw(30.0)
@@ -378,13 +378,13 @@ def test_a_cold_group_has_longer_for_its_first_report_and_then_5_times_its_slowe
 
 def test_a_checkpoint_has_a_deadline_of_its_own() -> None:
     """An epoch of 5 s may be followed by a checkpoint that takes minutes to reach its storage."""
-    deadline = StepDeadline(fixed_s=None)
+    deadline = StepDeadline(fixed_s=None, start_s=900.0)
     deadline.saw(5.0)
-    assert (deadline.seconds, deadline.save_seconds) == (60.0, START_DEADLINE_S)
+    assert (deadline.seconds, deadline.save_seconds) == (60.0, 900.0)
     deadline.saved(40.0)
     deadline.saved(3.0)
     assert (deadline.seconds, deadline.save_seconds) == (60.0, 200.0)
-    assert StepDeadline(fixed_s=7.0).save_seconds == 7.0
+    assert StepDeadline(fixed_s=7.0, start_s=900.0).save_seconds == 7.0
 
 
 def test_a_report_that_lay_waiting_makes_no_epoch_long(cluster: None, task: MakeTask) -> None:
@@ -397,6 +397,6 @@ def test_a_report_that_lay_waiting_makes_no_epoch_long(cluster: None, task: Make
 
 
 def test_a_step_deadline_of_the_spec_holds_from_the_first_epoch_on() -> None:
-    deadline = StepDeadline(fixed_s=7.0)
+    deadline = StepDeadline(fixed_s=7.0, start_s=900.0)
     deadline.saw(100.0)
     assert deadline.seconds == dataclasses.replace(deadline, slowest_s=None).seconds == 7.0

@@ -32,7 +32,6 @@ from trainables.worker import (
     KEPT_FREE,
     LARGE_BYTES,
     MOST_FREE_S,
-    START_DEADLINE_S,
     RankReport,
     Task,
     storage_is_away,
@@ -52,6 +51,7 @@ class GroupShape:
     cpus_per_worker: float
     gpus_per_worker: float
     step_timeout_s: float | None
+    start_timeout_s: float
     first_bundle: int = 0
     """Of the placement group, that is a rank's: the supervisor's own comes before it where it is not empty."""
     cards: Sequence[str] = ()
@@ -76,7 +76,7 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def setup(self, config: dict[str, Any]) -> None:
         self._group: WorkerGroup | None = None
         self._shape = GroupShape(**config["group"])
-        self._deadline = StepDeadline(self._shape.step_timeout_s)
+        self._deadline = StepDeadline(self._shape.step_timeout_s, self._shape.start_timeout_s)
         self._logs = TrialLogs(config["task"]["logs"], config["task"]["number"])
         self._saves = False
         """Whether the study's trainable has been seen to save: the deadline of what comes next depends on it."""
@@ -270,13 +270,13 @@ class TrialSupervisor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def _next_within_s(self) -> float:
         if not self._begun:
-            return START_DEADLINE_S
+            return self._shape.start_timeout_s
         # A checkpoint may come before the next report, or with it.
         return self._deadline.seconds + (self._deadline.save_seconds if self._saves else self._deadline.seconds)
 
     def _new_group(self) -> WorkerGroup:
         shape = self._shape
-        self._deadline = StepDeadline(shape.step_timeout_s)  # a new group is cold
+        self._deadline = StepDeadline(shape.step_timeout_s, shape.start_timeout_s)  # a new group is cold
         return RayWorkerGroup(
             shape.name,
             shape.workers,

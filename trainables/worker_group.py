@@ -27,7 +27,7 @@ from trainables.far_ranks import FarRanks, add_to_log
 from trainables.memory import num_oom_kills, tells_of_memory
 from trainables.rank_actor import RankActor
 from trainables.redaction import redacted
-from trainables.worker import START_DEADLINE_S, RankReport, RankWorker, Task, log_tail, storage_is_away
+from trainables.worker import RankReport, RankWorker, Task, log_tail, storage_is_away
 
 STEP_DEADLINE_MIN_S = 60.0
 STEP_DEADLINE_FACTOR = 5.0
@@ -41,6 +41,9 @@ class StepDeadline:
 
     fixed_s: float | None
     """`faults.step_timeout_s` of the spec; None: from the slowest epoch so far."""
+    start_s: float
+    """`faults.start_timeout_s`: how long its ranks may take to get ready, which is process start and imports. The first
+    report of a cold group, which may download a model and data, has as long again where `fixed_s` is None."""
     slowest_s: float | None = None
     """The slowest epoch that this group has run; None: none yet."""
     slowest_save_s: float | None = None
@@ -51,7 +54,7 @@ class StepDeadline:
         if self.fixed_s is not None:
             return self.fixed_s
         if self.slowest_s is None:
-            return START_DEADLINE_S
+            return self.start_s
         return max(STEP_DEADLINE_MIN_S, STEP_DEADLINE_FACTOR * self.slowest_s)
 
     @property
@@ -60,7 +63,7 @@ class StepDeadline:
         if self.fixed_s is not None:
             return self.fixed_s
         if self.slowest_save_s is None:
-            return START_DEADLINE_S
+            return self.start_s
         return max(STEP_DEADLINE_MIN_S, STEP_DEADLINE_FACTOR * self.slowest_save_s)
 
     def saw(self, epoch_s: float) -> None:
@@ -182,7 +185,7 @@ class RayWorkerGroup(WorkerGroup):
         self._task = task
         self._on_their_way = None
         # A warm group has nothing to start and to import.
-        deadline_s = self._deadline.seconds if self._started else START_DEADLINE_S
+        deadline_s = self._deadline.seconds if self._started else self._deadline.start_s
         end = time.monotonic() + deadline_s
         try:
             self._far.meet(task, deadline_s)

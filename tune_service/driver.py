@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from trainables.worker import START_DEADLINE_S
 from tune_service.failures import Failures, first_line
 from tune_service.kept import KeptCheckpoints, least_bytes
 from tune_service.record import AskedTrial, Record
@@ -118,7 +117,7 @@ class Driver:
         """A supervisor has taken the trial, for the first time or again."""
         self._begun.add(number)
         self._record.start(number)
-        self._due[number] = time.monotonic() + START_DEADLINE_S + OVERDUE_MARGIN_S
+        self._due[number] = time.monotonic() + self._spec.faults.start_timeout_s + OVERDUE_MARGIN_S
 
     def result(self, result: Mapping[str, Any]) -> bool:
         """Applies one result of a supervisor. Whether the trial goes on."""
@@ -144,9 +143,10 @@ class Driver:
             self._leave(number)
         return goes_on
 
-    def handed_over(self, number: int) -> None:
-        """A supervisor that was warm has been told to take the trial, which costs it no time."""
-        self._due.setdefault(number, time.monotonic() + OVERDUE_MARGIN_S)
+    def handed_over(self, number: int, is_warm: bool) -> None:
+        """A supervisor is to take the trial: one that is warm, which costs it no time, or one whose process starts."""
+        start_s = 0.0 if is_warm else self._spec.faults.start_timeout_s
+        self._due.setdefault(number, time.monotonic() + start_s + OVERDUE_MARGIN_S)
 
     def supervisor_lost(self, number: int, why: str) -> None:
         """The supervisor's process is gone, and with it Tune's trial. Ours is next in line, for another supervisor."""

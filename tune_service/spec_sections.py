@@ -104,7 +104,10 @@ class FaultSpec(Settings):
     """So often a trial is started again for a fault of its own, before it counts as failed."""
     step_timeout_s: PositiveFloat | None = None
     """Longest wait for one epoch's report, or one checkpoint. null: 5 times the slowest so far, at least 60 s; for the
-    first one 15 min."""
+    first one `start_timeout_s`."""
+    start_timeout_s: PositiveFloat = 15 * 60.0
+    """Longest wait for the processes of a trial: from their start until they have imported what they need, and longer
+    by the load of model and data where `step_timeout_s` is null."""
     same_error_limit: PositiveInt = 3
     """So many trials that fail alike end the study."""
     on_oom: Literal["fail", "shrink"] = "fail"

@@ -118,6 +118,7 @@ def trial_config(
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=resources.gpu_share,
         step_timeout_s=spec.faults.step_timeout_s,
+        start_timeout_s=spec.faults.start_timeout_s,
         first_bundle=1 if session.supervisor_bundle else 0,
         cards=tuple(session.cards),
     )
@@ -180,6 +181,8 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
     def __init__(self, driver: Driver) -> None:
         super().__init__()
         self._driver = driver
+        self._controller: Any = None
+        """Tune's, once there is a trial."""
         self.trials: dict[str, Trial] = {}
         """Those without an end, by Tune's id."""
 
@@ -187,8 +190,17 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
         """Trials that have an actor, and so room."""
         return sum(trial.temporary_state.ray_actor is not None for trial in self.trials.values())
 
+    def actor_of(self, trial: Trial) -> Any:
+        """Its supervisor, from when Ray has room for it; Tune itself tells of it only once it has started."""
+        actor = trial.temporary_state.ray_actor
+        if actor is None and self._controller is not None:
+            made = self._controller._actor_manager._live_actors_to_ray_actors_resources
+            actor, _ = made.get(self._controller._trial_to_actor.get(trial), (None, None))
+        return actor
+
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
+        self._controller = tune_controller
         self.trials[trial.trial_id] = trial
         _forget_ended(tune_controller)
         self.slots.widen(tune_controller._actor_cache, trial.placement_group_factory)
@@ -242,6 +254,7 @@ class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
 
     def __init__(self, driver: Driver, scheduler: _StudyScheduler, tick: Callable[[], None]) -> None:
         self._driver = driver
+        self._scheduler = scheduler
         self._open_trials = scheduler.trials
         self._slots = scheduler.slots
         self._tick = tick
@@ -255,9 +268,9 @@ class _Hooks(_NotKept, tune.Callback):  # type: ignore[misc]
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         overdue = set(self._driver.poll())
         for trial in self._open_trials.values():
-            number, actor = _number(trial), trial.temporary_state.ray_actor
+            number, actor = _number(trial), self._scheduler.actor_of(trial)
             if actor is not None and trial.status == Trial.PENDING:
-                self._driver.handed_over(number)
+                self._driver.handed_over(number, is_warm=trial.temporary_state.ray_actor is not None)
             if actor is not None and number in overdue:
                 ray.kill(actor)  # Tune then sees it fail, which it does not when the process is only silent
         self._slots.settle()

@@ -21,11 +21,14 @@ import psutil
 import toys
 import yaml
 
+from trainables.rank_actor import RankActor
+from trainables.trial import TrialSupervisor
+
 Found = TypeVar("Found")
 ROOT = Path(__file__).parents[2]
-SUPERVISOR = ("ray::ResourceTrainable", "ray::TrialSupervisor")
+SUPERVISOR = ("ray::ResourceTrainable", f"ray::{TrialSupervisor.__name__}")
 """A supervisor's process while it works, and while it waits."""
-RANK = "ray::_RankActor"
+RANK = (f"ray::{RankActor.__name__}",)
 
 
 @dataclass(frozen=True)
@@ -197,10 +200,10 @@ class Program:
         """What they are called."""
         return {process.info["name"] for process in psutil.process_iter(["name"]) if self._is_ours(process)}
 
-    def named(self, prefix: str) -> list[psutil.Process]:
-        """Those whose name begins so. One that ends meanwhile is no error."""
+    def named(self, prefixes: tuple[str, ...]) -> list[psutil.Process]:
+        """Those whose name begins with one of these. One that ends meanwhile is no error."""
         found = psutil.process_iter(["name"])
-        return [each for each in found if str(each.info["name"]).startswith(prefix) and self._is_ours(each)]
+        return [each for each in found if str(each.info["name"]).startswith(prefixes) and self._is_ours(each)]
 
     def process(self, pid: int) -> psutil.Process:
         """One of them by its pid; never a stranger's."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from program import Program, Run, scores, wait_until
+from fault_points import FaultPoints
+from program import RANK, Program, Run, scores, wait_until
 from toys import curve, read_notes
 
 FINE, KILLED, RAISES, EXITS, FROZEN, ORPHANED = range(6)
@@ -189,6 +190,32 @@ def test_a_frozen_supervisor_costs_its_trial_the_running_epoch(program: Program,
         assert trial["restarts"] == (1 if trial["params"]["x"] == 1 else 0)
     assert program.epochs(name, 1) == [*range(1, epoch + 1), *range(epoch, 5)]
     assert f"trial {found.json['trials'][1]['number']}: the trial's supervisor was lost" in found.err
+
+
+@pytest.mark.slow
+def test_processes_that_freeze_as_they_start_cost_their_trial_the_time_to_start(program: Program) -> None:
+    """A supervisor whose class is being set up, which Tune alone would wait for for ever; then a rank that imports."""
+    points = FaultPoints(program.folder / "points-starts")
+    points.arm("resetting-0")
+    changes = {
+        "search_space": {"x": {"choice": [0, 1]}},
+        "budget": {"trials": 2, "concurrent_trials": 1},
+        "faults": {"start_timeout_s": 20.0},
+    }
+    command = program.start("run", program.spec("starts", changes), "--json", env=points.env)
+    program.process(points.reached("resetting-0")).send_signal(signal.SIGSTOP)
+    points.release("resetting-0")
+    wait_until(lambda: program.named(RANK) or not command.is_running, 120, "a first rank")
+    for rank in program.named(RANK):
+        rank.send_signal(signal.SIGSTOP)
+    found = command.wait()
+    assert found.code == 0, found.err
+    assert [(scores(trial), trial["restarts"]) for trial in found.json["trials"]] == [
+        (curve(0, 4), 1),
+        (curve(1, 4), 0),
+    ]
+    assert "trial 0: the trial's supervisor was lost" in found.err
+    assert "trial 0: rank 0 gave no answer in 20 s; silent: [0]; starting again at epoch 1" in found.err
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ class Matrix:
         num_trials: int,
         concurrent: int,
         epoch_s: float = 0.1,
+        start_timeout_s: float = 900.0,
     ) -> None:
         self.program, self.name, self.cells, self.num_trials = program, name, cells, num_trials
         self.points = FaultPoints(program.folder / f"points-{name}")
@@ -94,7 +95,7 @@ class Matrix:
                 },
                 "search_space": {"x": {"choice": list(range(num_trials))}},
                 "budget": {"trials": num_trials, "concurrent_trials": concurrent},
-                "faults": {"step_timeout_s": STEP_TIMEOUT_S},
+                "faults": {"step_timeout_s": STEP_TIMEOUT_S, "start_timeout_s": start_timeout_s},
             },
         )
         for cell in cells:
@@ -281,7 +282,7 @@ def test_a_storm_of_kills_and_freezes_loses_nothing(program: Program, request: p
     print(f"STORM_SEED={seed}")
     rng = random.Random(seed)
     # Left alone it would take 16 s at the least, so that no seed sees its end before five hits.
-    matrix = Matrix(program, "storm", [], num_trials=12, concurrent=3, epoch_s=1.0)
+    matrix = Matrix(program, "storm", [], num_trials=12, concurrent=3, epoch_s=1.0, start_timeout_s=30.0)
     command, num_hits = matrix.run(), 0
     program.wait_for_note("storm", "epoch", 0, 1)
     end = time.monotonic() + 60
@@ -294,8 +295,7 @@ def test_a_storm_of_kills_and_freezes_loses_nothing(program: Program, request: p
             command = matrix.resume()  # ends what is left of the Ray before, were it killed as it started
             num_hits += 1
             continue
-        wanted = RANK if target == "rank" else SUPERVISOR
-        running = program.named(wanted)
+        running = program.named(RANK if target == "rank" else SUPERVISOR)
         if running:
             with suppress(psutil.NoSuchProcess):  # it ended by itself
                 rng.choice(sorted(running, key=lambda each: each.pid)).send_signal(way)
