@@ -357,6 +357,11 @@ def test_a_broken_value_brings_no_faults_of_checks_that_rely_on_it() -> None:
     assert problem.place == "training.batch_size"
 
 
+def test_a_field_that_is_named_with_its_section_is_told_its_own_name_alone() -> None:
+    (problem,) = problems(merged(FINETUNE, {"search_space": {"training.max_length": {"choice": [64]}}}))
+    assert (problem.found, problem.expected) == ('"training.max_length"', "max_length")
+
+
 def test_a_spec_error_is_the_users_and_its_json_lists_every_fault() -> None:
     with pytest.raises(SpecError) as refusal:
         parse_spec(FINETUNE | {"name": "", "budget": {"trials": 0}})

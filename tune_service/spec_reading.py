@@ -266,7 +266,9 @@ def _read_domains(draft: Draft, raw: Mapping[Any, Any], is_finetune: bool) -> di
             draft.fault(key, rule, written, f"a fixed value: training.{name}")
         elif is_finetune and name not in TUNABLE_FIELDS and not re.match(rf"{re.escape(MODEL_PREFIX)}.", name):
             rule = f"a search space names fields of `training`, or {MODEL_PREFIX}X"
-            draft.fault(key, rule, name, f"{nearest(name, TUNABLE_FIELDS)}; or {MODEL_PREFIX}{name}")
+            field = name.removeprefix("training.")
+            near = f"{nearest(name, TUNABLE_FIELDS)}; or {MODEL_PREFIX}{name}"
+            draft.fault(key, rule, name, field if field in TUNABLE_FIELDS else near)
         try:
             domains[str(name)] = written if isinstance(written, Domain) else parse_domain(written)
         except ValueError as error:
