@@ -19,6 +19,7 @@ from tune_service.demo import write_pairs, write_tokenizer
 from tune_service.errors import SpecError
 from tune_service.machine import Machine
 from tune_service.model_look import built, changed_models
+from tune_service.output import print_check
 from tune_service.spec import parse_spec
 from tune_service.storage import Storage
 
@@ -132,6 +133,8 @@ def test_what_is_wrong_by_itself_is_not_reported_a_second_time(finetune: dict[st
     finetune["model"] |= {"name": "./nowhere"}
     found = load_problems(finetune, tmp_path)
     assert found == {"data.path": '"nowhere"', "model.name": '"./nowhere"'}
+    finetune["data"] = {"path": "data", "task": "mprc"}  # without a task a path would need its text columns
+    assert load_problems(finetune, tmp_path) == {"data.task": '"mprc"', "model.name": '"./nowhere"'}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +247,34 @@ def test_check_tells_of_a_wrong_config_beside_a_machine_that_is_too_small(
     found = {check.name: check for check in _checks_here(path, [], None, Storage(tmp_path / "studies"))}
     assert not found["resources"].ok and found["model"].ok
     assert not found["model.config"].ok and "n_layers" in found["model.config"].found
+
+
+def test_check_says_where_the_file_or_an_option_has_what_is_wrong_with_model_data_and_machine(
+    finetune: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune["data"] |= {"label": "lable"}
+    finetune["model"]["config"] |= {"n_positions": 64}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(finetune))
+    line = 1 + path.read_text().splitlines().index("  label: lable")
+    monkeypatch.setattr(Storage, "free_bytes", lambda self: 7)
+    storage = Storage(tmp_path / "studies")
+    options = ["resources.workers=32", "training.max_length=65"]
+    found = {check.name: check for check in _checks_here(path, options, None, storage)}
+    places = {name: [problem.place for problem in check.problems] for name, check in found.items() if not check.ok}
+    assert places == {
+        "resources": ["--set resources.workers"],
+        "model": ["--set training.max_length"],
+        "data": [f"{path}:{line} data.label"] * 2,
+        "checkpoints": ["--storage"],
+    }
+    print_check(found["data"])
+    assert capsys.readouterr().out == "".join(
+        f"FAIL data: {path}:{line} data.label: the columns exist in every split\n"
+        f"     found:    {split} has no lable\n"
+        "     expected: some of sentence1, sentence2, label\n"
+        for split in ("train", "validation")
+    )
 
 
 # ---- a trainable of the user's own

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,19 @@ def looked_at(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name, True, look())
     except UserError as error:
-        found = "; ".join(f"{problem.place}: {problem.found}" for problem in error.problems)
-        advice = "; ".join(f"{problem.rule}: {problem.expected}" for problem in error.problems)
-        return Check(name, False, found, advice, error.problems, exit_code(error))
+        return _faulty(name, error.problems, exit_code(error))
+
+
+def with_lines(check: Check, place: Callable[[str], str]) -> Check:
+    """`check`, whose problems say where in its file the spec has their keys: `place` tells it."""
+    problems = tuple(replace(problem, place=place(problem.place)) for problem in check.problems)
+    return _faulty(check.name, problems, check.code) if problems else check
+
+
+def _faulty(name: str, problems: Sequence[Problem], code: int) -> Check:
+    found = "; ".join(f"{problem.place}: {problem.found}" for problem in problems)
+    advice = "; ".join(f"{problem.rule}: {problem.expected}" for problem in problems)
+    return Check(name, False, found, advice, tuple(problems), code)
 
 
 def _raised(problems: Sequence[Problem]) -> str:

@@ -312,22 +312,22 @@ def check(
 
 
 def _checks_here(path: Path, overrides: list[str], name: str | None, storage: StudyStorage) -> Iterator[Check]:
-    from tune_service.check import Check, looked_at, run_checks
+    from tune_service.check import Check, looked_at, run_checks, with_lines
     from tune_service.errors import SpecError
     from tune_service.machine import this_machine
     from tune_service.model_look import built, changed_models
-    from tune_service.spec import load_spec
+    from tune_service.spec import load_spec, places
 
     try:
         loaded = load_spec(path, overrides, name)
     except SpecError:
         loaded = _load(path, overrides, name, storage)  # raises, with the faults of its data and model too
     yield Check("spec", True, str(path))
-    checks = run_checks(loaded, storage, this_machine())
-    yield from checks
+    checks, place = run_checks(loaded, storage, this_machine()), places(path, overrides, name)
+    yield from (with_lines(each, place) for each in checks)
     is_sound = all(each.ok for each in checks if each.name == "model")
     if is_sound and (models := changed_models(loaded)):
-        yield looked_at("model.config", lambda: built(models))
+        yield with_lines(looked_at("model.config", lambda: built(models)), place)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
-from trainables.errors import UserError
+from trainables.errors import Problem, UserError
 from tune_service.errors import InterruptedCommandError, error_json
 from tune_service.words import counted
 
@@ -42,13 +42,20 @@ def print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO)
         print(json.dumps(error_json(error), allow_nan=False), file=out, flush=True)
     elif isinstance(error, UserError) and not isinstance(error, InterruptedCommandError):
         for problem in error.problems:
-            print(f"error: {f'{problem.place}: ' if problem.place else ''}{problem.rule}", file=err)
-            print(f"  found:    {problem.found}", file=err)
-            print(f"  expected: {problem.expected}", file=err, flush=True)
+            print(f"error: {_told(problem, indent='  ')}", file=err, flush=True)
+
+
+def _told(problem: Problem, indent: str) -> str:
+    rule = f"{problem.place}: {problem.rule}" if problem.place else problem.rule
+    return f"{rule}\n{indent}found:    {problem.found}\n{indent}expected: {problem.expected}"
 
 
 def print_check(check: Check) -> None:
     """One thing that was looked at, and what to do when it is not as it should be."""
+    if check.problems:
+        for problem in check.problems:
+            print(f"FAIL {check.name}: {_told(problem, indent='     ')}", flush=True)
+        return
     print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.found}", flush=True)
     if check.advice:
         print(f"     {check.advice}", flush=True)

@@ -66,12 +66,22 @@ def load_spec(
     that it names are on another machine, so they are not looked for. `also` finds faults that need more than the file,
     of data or machine; what it says of a part that is wrong by itself is left out.
     """
+    draft = _draft(path, overrides, name)
+    draft.refuse_secrets()
+    return _build(draft, Path(path).resolve().parent, here, also)
+
+
+def places(path: str | Path, overrides: Sequence[str], name: str | None) -> Callable[[str], str]:
+    """What tells where a spec that `load_spec` reads has a dotted key: `study.yaml:12 training.batch_size`."""
+    return _draft(path, overrides, name).place
+
+
+def _draft(path: str | Path, overrides: Sequence[str], name: str | None) -> Draft:
     draft = Draft.of_file(path)
     draft.override(overrides)
     if name is not None:
         draft.set_name(name)
-    draft.refuse_secrets()
-    return _build(draft, Path(path).resolve().parent, here, also)
+    return draft
 
 
 def parse_spec(mapping: Mapping[str, Any], base_dir: str | Path = ".", *, here: bool = True) -> StudySpec:
@@ -157,7 +167,9 @@ def _build(
 
 
 def _sound_part(spec: StudySpec, draft: Draft) -> StudySpec:
-    """The spec without the domains that no trial could take its values from."""
+    """The spec without the domains that no trial could take its values from, and without data of an unknown task."""
+    if not draft.sound("data.task"):
+        spec = dataclasses.replace(spec, data=None)
     if isinstance(spec.search_space, str):
         return spec
     domains = {name: domain for name, domain in spec.domains.items() if draft.sound(f"search_space.{name}")}
