@@ -8,6 +8,9 @@ import os
 import re
 import termios
 import threading
+import time
+import tty
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from tune_service.live import StudyDisplay, best_line, console, failure_lines, s
 from tune_service.output import print_status
 from tune_service.record import Record
 from tune_service.status import TrialStatus
+from tune_service.terminal import patient_stream
 
 SPACE = {
     "learning_rate": {"log_uniform": [1e-5, 2e-4]},
@@ -298,7 +302,7 @@ def test_what_keeps_trials_waiting_is_told_once_and_so_is_its_end(tmp_path: Path
 
 def test_a_terminal_that_stands_still_holds_up_nobody_and_gets_all_when_it_goes_on(tmp_path: Path) -> None:
     ours, its = os.openpty()
-    with os.fdopen(its, "w") as terminal, os.fdopen(ours, "rb") as reader:
+    with patient_stream(its) as terminal, os.fdopen(ours, "rb") as reader:
         display = StudyDisplay(console(terminal))
         termios.tcflow(its, termios.TCOOFF)  # Ctrl-S
         telling = threading.Thread(target=lambda: [display.tell(f"line {number}") for number in range(3)], daemon=True)
@@ -312,3 +316,51 @@ def test_a_terminal_that_stands_still_holds_up_nobody_and_gets_all_when_it_goes_
         while "the last one" not in shown:
             shown += os.read(reader.fileno(), 10_000).decode()
     assert re.findall(r"line \d|the last one", shown) == ["line 0", "line 1", "line 2", "the last one"]
+
+
+def pseudo_terminal() -> tuple[int, int]:
+    ours, its = os.openpty()
+    tty.setraw(its)
+    return ours, its
+
+
+@pytest.mark.parametrize("way", [os.pipe, pseudo_terminal], ids=["pipe", "terminal"])
+def test_a_reader_that_stops_in_the_midst_holds_up_nobody_and_gets_all_when_it_goes_on(
+    way: Callable[[], tuple[int, int]],
+) -> None:
+    """A laptop that sleeps, `less`: what is on its way fills up, and what was asked for room has room for a part."""
+    ours, its = way()
+    with patient_stream(its) as stream, os.fdopen(ours, "rb") as reader:
+        display = StudyDisplay(console(stream))
+        display.tell("line 0")
+        os.read(reader.fileno(), 5)
+        began = time.monotonic()
+        for number in range(1, 3000):
+            display.tell(f"line {number}, which is as long as a line of a study with its best trial and the time left")
+        assert time.monotonic() - began < 5
+        assert not stream.is_idle
+        shown = b""
+        while b"line 2999" not in shown:
+            shown += os.read(reader.fileno(), 1 << 16)
+    assert [int(number) for number in re.findall(rb"line (\d+)", shown)] == list(range(3000))
+
+
+def test_a_display_whose_reader_stands_still_for_good_ends_after_its_last_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tune_service.terminal.LAST_WORDS_S", 0.5)
+    ours, its = os.pipe()
+    began = time.monotonic()
+    with patient_stream(its) as stream, StudyDisplay(console(stream)) as display:
+        display.tell("x" * (1 << 20))
+    assert 0.5 <= time.monotonic() - began < 5
+    os.close(ours)
+
+
+def test_a_display_whose_reader_is_gone_goes_on_without_it() -> None:
+    ours, its = os.pipe()
+    os.close(ours)
+    with patient_stream(its) as stream, StudyDisplay(console(stream)) as display:
+        for _ in range(3):
+            display.tell("is anybody there?")
+            assert stream.drain()

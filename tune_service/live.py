@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import select
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from threading import Thread
-from typing import IO, TextIO
+from typing import IO, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -30,10 +28,10 @@ from tune_service.status import (
     objective_value,
     ranked,
 )
+from tune_service.terminal import PatientStream, Shown
 from tune_service.words import counted
 
 REFRESH_S = 0.5
-LAST_WORDS_S = 5.0
 NUM_BEST = 5
 NUM_REASONS = 3
 NUM_NEWEST = 200
@@ -42,9 +40,10 @@ FILE_WIDTH = 240
 _STYLES = {"running": "cyan", "completed": "green", "pruned": "yellow", "failed": "red", "paused": "magenta"}
 
 
-def console(stream: TextIO) -> Console:
+def console(stream: Shown) -> Console:
     """A console on `stream`; in a file, which has no width, lines are long."""
-    return Console(file=stream, width=None if stream.isatty() else FILE_WIDTH, highlight=False)
+    width = None if stream.isatty() else FILE_WIDTH
+    return Console(file=cast("TextIO", stream), width=width, highlight=False)
 
 
 class StudyDisplay:
@@ -59,8 +58,6 @@ class StudyDisplay:
         self._began = time.monotonic()
         self._study = _Seen()
         self._noticed: str | None = None
-        self._untold: list[Text] = []
-        """Lines that a terminal which stands still has not taken yet."""
 
     def __enter__(self) -> StudyDisplay:
         if self._live is not None:
@@ -71,26 +68,17 @@ class StudyDisplay:
         with _reader_may_be_gone():
             if self._live is not None:
                 self._live.stop()
-            self._print_untold()
 
     def tell(self, line: str) -> None:
-        self._untold.append(_stamped(line, "yellow"))
         with _reader_may_be_gone():
-            if _takes_more(self._console.file):
-                self._print_untold()
+            self._print(_stamped(line, "yellow"))
 
     def abort(self, error: BaseException) -> None:
         """Ends this process, from any of its threads: its main one hangs where no exception reaches it."""
-
-        def say() -> None:
-            if self._live is not None:
-                with _reader_may_be_gone():
-                    self._live.stop()
-            self._last_words(error)
-
-        words = Thread(target=say, daemon=True)  # whoever should read them may not
-        words.start()
-        words.join(LAST_WORDS_S)
+        if self._live is not None:
+            with _reader_may_be_gone():
+                self._live.stop()
+        self._last_words(error)
         os._exit(exit_code(error))
 
     def show(self, view: StudyView) -> None:
@@ -102,8 +90,7 @@ class StudyDisplay:
 
     def _show(self, view: StudyView) -> None:
         if not _takes_more(self._console.file):
-            return  # a terminal that stands still (Ctrl-S, a slow line) must not hold up the study
-        self._print_untold()
+            return  # a terminal that stands still (Ctrl-S, a laptop asleep) is shown the latest when it goes on
         seen = self._study
         changed = seen.look(view)
         best = seen.leaders[0][1] if seen.leaders else None
@@ -122,11 +109,6 @@ class StudyDisplay:
 
     def _print(self, line: Text) -> None:
         self._console.print(line, soft_wrap=True)
-
-    def _print_untold(self) -> None:
-        lines, self._untold = self._untold, []
-        for line in lines:
-            self._print(line)
 
     def _summary(self, view: StudyView, best: BestTrial | None) -> Text:
         num_ended = self._study.num_ended
@@ -203,11 +185,8 @@ def _stamped(line: str, style: str = "") -> Text:
 
 
 def _takes_more(stream: IO[str]) -> bool:
-    """Whether writing would not block, as far as can be told."""
-    try:
-        return bool(select.select([], [stream.fileno()], [], 0)[1])
-    except (OSError, ValueError):  # no file of the system's
-        return True
+    """Whether whoever reads there has read what was shown."""
+    return not isinstance(stream, PatientStream) or stream.is_idle
 
 
 def _live(console: Console) -> Live:

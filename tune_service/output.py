@@ -6,9 +6,8 @@ import json
 import select
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from trainables.errors import Problem, UserError
 from tune_service.errors import InterruptedCommandError, error_json
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from tune_service.live import StudyDisplay
     from tune_service.status import StudyStatus
     from tune_service.studies import StudyRow
+    from tune_service.terminal import Shown
 
 MAX_ROWS = 20
 
@@ -32,7 +32,7 @@ def reader_is_gone() -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def print_failure(error: BaseException, as_json: bool, out: TextIO, err: TextIO) -> None:
+def print_failure(error: BaseException, as_json: bool, out: Shown, err: Shown) -> None:
     """Why a command failed: on standard error for people, as its document with --json."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=err)
@@ -83,10 +83,16 @@ def _console() -> Console:
 def display(as_json: bool) -> Iterator[StudyDisplay]:
     """A display on standard output; with --json, which has that for its document, on standard error."""
     from tune_service.live import StudyDisplay, console
-    from tune_service.terminal import shown_stream
+    from tune_service.terminal import patient_stream
 
-    with shown_stream(1) as out, shown_stream(2) as err:
-        last_words = partial(print_failure, as_json=as_json, out=out, err=err)
+    with patient_stream(1) as out, patient_stream(2) as err:
+
+        def last_words(error: BaseException) -> None:
+            with suppress(OSError):  # nobody reads them
+                print_failure(error, as_json, out, err)
+            out.drain()
+            err.drain()
+
         with StudyDisplay(console(err if as_json else out), last_words) as display:
             yield display
 
