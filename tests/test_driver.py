@@ -46,6 +46,41 @@ def test_a_trial_with_a_loss_or_objective_that_is_not_finite_ends_at_that_report
     assert trial.reports[1].metrics[metric] is None
 
 
+def test_a_report_with_which_a_trial_diverged_stops_no_other_and_is_not_the_best(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, scheduler=ASHA, training={"max_epochs": 9})
+    for _ in range(4):
+        assert not study.report(study.begin(), 1, 0.9, train_loss=math.inf)
+    healthy = study.begin()
+    assert study.report(healthy, 1, 0.4), "the first of its rung"
+    study.resume()
+    assert study.begin() == healthy
+    assert not study.report(study.begin(), 1, 0.3), "behind the healthy one"
+    assert study.finish(healthy) is False
+    best = study.record.status().best
+    assert best is not None and (best.number, best.value) == (healthy, 0.4)
+
+
+def test_the_checkpoint_of_a_report_that_diverged_takes_the_place_of_no_better_one(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, training={"max_epochs": 2})
+    number = study.begin()
+    assert study.report(number, 1, 0.5, num_bytes=10)
+    assert not study.report(number, 2, 0.9, num_bytes=10, train_loss=math.inf)
+    best = study.record.status().best
+    assert best is not None and (best.epoch, best.value) == (1, 0.5)
+    assert 1 in study.folder.checkpoints.epochs(number)
+
+
+def test_a_given_value_that_the_first_trial_cannot_have_is_told(tmp_path: Path) -> None:
+    space = {"x": {"uniform": [0.0, 1.0]}, "y": {"uniform": [0.0, 1.0]}}
+    study = HandDriven(tmp_path, search_space=space, training={"max_epochs": 2, "x": 5.0, "y": 0.5})
+    assert study.told == ["trial 0 does not start at training.x 5.0: that lies outside its domain"]
+    number = study.begin()
+    assert 0.0 <= study.trial(number).params["x"] <= 1.0 and study.trial(number).params["y"] == 0.5
+    study.told.clear()
+    study.resume()
+    assert not [line for line in study.told if "does not start" in line]
+
+
 def test_another_metric_may_be_nan(tmp_path: Path) -> None:
     study = HandDriven(tmp_path)
     number = study.begin()

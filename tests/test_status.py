@@ -54,6 +54,19 @@ def test_a_report_without_the_metric_or_with_infinity_is_passed_over() -> None:
     assert best_report(status, MAX) is None
 
 
+@pytest.mark.parametrize("loss", [math.inf, None])
+@pytest.mark.parametrize("name", ["train_loss", "eval_loss"])
+def test_a_report_with_which_its_trial_diverged_is_not_the_best_however_good_its_objective(
+    name: str, loss: float | None
+) -> None:
+    good = EpochReport(epoch=1, metrics={"score": 0.5, name: 2.0})
+    diverged = EpochReport(epoch=2, metrics={"score": 0.9, name: loss})
+    status = TrialStatus(number=0, state="pruned", params={}, reports=(good, diverged))
+    assert best_report(status, MAX) == good
+    found = best_trial([status], MAX, lambda each: True)
+    assert found is not None and (found.epoch, found.value) == (1, 0.5)
+
+
 def test_of_equal_trials_the_lowest_number_is_the_best() -> None:
     assert best(trial(2, 0.9), trial(1, 0.1, 0.9), trial(3, 0.9)) == (1, 2, 0.9)
     assert best(trial(2, 0.1), trial(1, 0.9, 0.1), trial(3, 0.1), objective=MIN) == (1, 2, 0.1)

@@ -21,6 +21,7 @@ from tune_service.cluster_cli import app as cluster_app
 from tune_service.errors import CommandError, InterruptedCommandError, exit_code
 from tune_service.output import display as display_of
 from tune_service.output import print_check, print_failure, print_json, print_rows, print_status, reader_is_gone
+from tune_service.words import shown_value
 
 if TYPE_CHECKING:
     from tune_service.check import Check
@@ -273,7 +274,7 @@ def best(
     if as_json:
         print_json(found.model_dump(mode="json") | {"path": path})
     else:
-        print(f"trial {found.number}, epoch {found.epoch}, value {found.value:.4f}: {path}")
+        print(f"trial {found.number}, epoch {found.epoch}, value {shown_value(found.value)}: {path}")
 
 
 @app.command()

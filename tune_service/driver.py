@@ -18,6 +18,7 @@ from tune_service.scheduler import Asha
 from tune_service.searcher import distributions, grid_points
 from tune_service.sharing import Sharing, of_largest
 from tune_service.spec import StudySpec
+from tune_service.status import diverged_in
 
 OVERDUE_MARGIN_S = 30.0
 """How much longer the driver waits than the supervisor, whose own deadline says more about what went wrong."""
@@ -48,6 +49,8 @@ class Driver:
         )
         if self._asha is not None:
             self._asha.refill(trials)
+        for name, value in spec.outside_space().items() if not trials else ():
+            tell(f"trial 0 does not start at training.{name} {value}: that lies outside its domain")
         self._due: dict[int, float] = {}
         self._failures = Failures(spec.faults)
         self._values: dict[int, float] = {}
@@ -207,8 +210,9 @@ class Driver:
             has = ", ".join(sorted(metrics)) or "none"
             self._give_up(number, f"the report of epoch {epoch} has no objective {metric!r}; its metrics: {has}")
             return False
-        value = metrics[metric]
-        if self._asha is not None and math.isfinite(value):
+        fault = diverged_in(metrics, metric)
+        value = metrics[metric] if fault is None else math.nan
+        if self._asha is not None and fault is None:
             self._asha.add(number, epoch, value)
         may_stop = self._asha is not None and not result["finished"]
         reason = self._record.report(number, epoch, metrics, partial(self._verdict, number, epoch, may_stop))
@@ -220,7 +224,6 @@ class Driver:
             self._saw_checkpoint(number, epoch, num_bytes, resumable=True)
         elif not result["saves"]:
             self._kept.saw(number, epoch, value, None)
-        fault = next((name for name in ("train_loss", "eval_loss", metric) if not _finite(metrics, name)), None)
         if fault is not None:
             self._record.prune(number, f"diverged: {fault} is {metrics[fault]} at epoch {epoch}", diverged=True)
             return False
@@ -322,7 +325,3 @@ def _asha(spec: StudySpec) -> Asha | None:
         spec.objective.mode == "max",
         spec.objective.metric,
     )
-
-
-def _finite(metrics: Mapping[str, float], name: str) -> bool:
-    return math.isfinite(metrics.get(name, 0.0))

@@ -29,7 +29,7 @@ from tune_service.status import (
     ranked,
 )
 from tune_service.terminal import PatientStream, Shown
-from tune_service.words import counted
+from tune_service.words import counted, shown_value
 
 REFRESH_S = 0.5
 NUM_BEST = 5
@@ -114,9 +114,9 @@ class StudyDisplay:
         num_ended = self._study.num_ended
         parts = [f"{num_ended} of {view.budget_trials} trials ended"]
         if best is not None:
-            parts.append(f"best {_number(best.value)} (trial {best.number}, epoch {best.epoch})")
+            parts.append(f"best {shown_value(best.value)} (trial {best.number}, epoch {best.epoch})")
         if view.baseline is not None and view.objective.metric == "eval_accuracy":
-            parts.append(f"majority class {_number(view.baseline)}")
+            parts.append(f"majority class {shown_value(view.baseline)}")
         here = num_ended - self._study.num_ended_before
         if here and num_ended < view.budget_trials:
             left_s = (time.monotonic() - self._began) / here * (view.budget_trials - num_ended)
@@ -233,8 +233,8 @@ def _table(objective: ObjectiveStatus, trials: list[TrialStatus], best: int | No
             f"{'*' if trial.number == best else ''}{trial.number}",
             Text(trial.state, style=_STYLES.get(trial.state, "")),
             str(last.epoch) if last else "-",
-            _number(objective_value(last, objective) if last else None),
-            _number(objective_value(top, objective) if top else None),
+            shown_value(objective_value(last, objective) if last else None),
+            shown_value(objective_value(top, objective) if top else None),
             _cut(
                 ", ".join(
                     f"{name.removeprefix('model.config.')}={_short(value)}" for name, value in trial.params.items()
@@ -258,7 +258,7 @@ def best_line(status: StudyStatus) -> str:
     reason = status.trials[best.number].reason or ""
     later = f"; later it {reason}" if reason.startswith("diverged") else ""
     return (
-        f"best trial {best.number}, epoch {best.epoch}: {status.objective.metric} {_number(best.value)} "
+        f"best trial {best.number}, epoch {best.epoch}: {status.objective.metric} {shown_value(best.value)} "
         f"with {params}{later}"
     )
 
@@ -275,16 +275,12 @@ def _event(trial: TrialStatus, objective: ObjectiveStatus, summary: str) -> str:
     top = best_report(trial, objective)
     best = objective_value(top, objective) if top else None
     last = objective_value(trial.reports[-1], objective) if trial.reports else None
-    value = f", {objective.metric} {_number(last)}" if last is not None else ""
+    value = f", {objective.metric} {shown_value(last)}" if last is not None else ""
     if top is not None and best != last:
-        value += f", best {_number(best)} (epoch {top.epoch})"
+        value += f", best {shown_value(best)} (epoch {top.epoch})"
     reason = f": {trial.reason.partition(chr(10))[0]}" if trial.reason else ""
     epochs = f" after epoch {trial.reports[-1].epoch}" if trial.reports else ""
     return f"trial {trial.number} {trial.state}{epochs}{value}{reason}{' | ' if summary else ''}{summary}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _short(value: object) -> str:

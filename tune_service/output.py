@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainables.errors import Problem, UserError
 from tune_service.errors import InterruptedCommandError, error_json
-from tune_service.words import counted
+from tune_service.words import counted, shown_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,9 @@ def print_rows(found: Sequence[StudyRow], where: str) -> None:
     for column in ("study", "state", "trials", "best", "metric"):
         table.add_column(column)
     for row in found:
-        table.add_row(row.study, row.state, str(row.trials), f"{row.best.value:.4f}" if row.best else "-", row.metric)
+        table.add_row(
+            row.study, row.state, str(row.trials), shown_value(row.best.value if row.best else None), row.metric
+        )
     _console().print(table if found else f"no studies in {where}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, takewhile
 
-from tune_service.status import TrialStatus
+from tune_service.status import TrialStatus, diverged_in
 
 
 def rungs(grace_period: int, reduction_factor: float, max_epochs: int) -> list[int]:
@@ -42,7 +42,7 @@ class Asha:
         for trial in trials:
             for report in trial.reports:
                 value = report.metrics.get(self.metric)
-                if value is not None:
+                if value is not None and diverged_in(report.metrics, self.metric) is None:
                     self.add(trial.number, report.epoch, value)
 
     def add(self, number: int, epoch: int, value: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -110,6 +110,19 @@ class Display(Protocol):
         """Ends this process at once, from whatever thread, and says why."""
 
 
+def diverged_in(metrics: Mapping[str, float | None], metric: str) -> str | None:
+    """The loss or the objective that is not finite in a report: its trial has diverged there, whatever else is good.
+
+    None where there is none; what a report lacks is not looked at.
+    """
+    seen = [name for name in ("train_loss", "eval_loss", metric) if name in metrics]
+    return next((name for name in seen if not _is_finite(metrics[name])), None)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def best_report(trial: TrialStatus, objective: ObjectiveStatus) -> EpochReport | None:
     """The report with the best finite objective; the earliest of equals. None when there is none."""
     best: EpochReport | None = None
@@ -121,8 +134,8 @@ def best_report(trial: TrialStatus, objective: ObjectiveStatus) -> EpochReport |
 
 
 def objective_value(report: EpochReport, objective: ObjectiveStatus) -> float | None:
-    value = report.metrics.get(objective.metric)
-    return value if value is not None and math.isfinite(value) else None
+    """Of a report that is worth something: in one with which its trial diverged the objective may be finite."""
+    return None if diverged_in(report.metrics, objective.metric) else report.metrics.get(objective.metric)
 
 
 def ranked(trials: Iterable[TrialStatus], objective: ObjectiveStatus) -> list[BestTrial]:
