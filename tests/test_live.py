@@ -24,6 +24,7 @@ from tune_service.output import print_status
 from tune_service.record import Record
 from tune_service.status import TrialStatus
 from tune_service.terminal import patient_stream
+from tune_service.words import shown_value
 
 SPACE = {
     "learning_rate": {"log_uniform": [1e-5, 2e-4]},
@@ -176,6 +177,21 @@ def test_why_trials_failed_is_told_in_full_and_once_for_those_that_failed_alike(
     assert failure_lines(status) == [f"2 trials failed: {reason}0", "1 trial failed: rank 1 died"]
     print_status(status, as_json=False)
     assert capsys.readouterr().out.splitlines()[-3:] == [*failure_lines(status), best_line(status)]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.84375, "0.8438"),
+        (0.0, "0.0000"),
+        (-2.5, "-2.5000"),
+        (3.2e-7, "3.2e-07"),
+        (2.0963e34, "2.096e+34"),
+        (None, "-"),
+    ],
+)
+def test_a_value_is_shown_with_digits_that_say_something(value: float | None, shown: str) -> None:
+    assert shown_value(value) == shown
 
 
 # ---- log files

@@ -69,9 +69,8 @@ def print_rows(found: Sequence[StudyRow], where: str) -> None:
     for column in ("study", "state", "trials", "best", "metric"):
         table.add_column(column)
     for row in found:
-        table.add_row(
-            row.study, row.state, str(row.trials), shown_value(row.best.value if row.best else None), row.metric
-        )
+        best = shown_value(row.best.value if row.best else None)
+        table.add_row(row.study, row.state, str(row.trials), best, row.metric)
     _console().print(table if found else f"no studies in {where}")
 
 

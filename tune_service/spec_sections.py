@@ -189,9 +189,7 @@ class StudySpec:
         """The values that `training` gives and the first trial cannot have: they lie outside their domains."""
         given = self.training.model_fields_set if isinstance(self.training, TrainingConfig) else set(self.training)
         own, space = self.training_values, self.domains
-        return {
-            name: own[name] for name in own if name in given and name in space and not space[name].contains(own[name])
-        }
+        return {name: own[name] for name in space if name in given and not space[name].contains(own[name])}
 
     def largest_params(self) -> dict[str, Value]:
         """Those of the first trial, with the largest batches and lengths of the search space."""
