@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from trainables.cards import is_crowded
@@ -65,3 +67,18 @@ def test_processes_take_gpus_in_turn_and_a_killed_ones_place_is_taken_next(tmp_p
     finally:
         for process, _ in found:
             process.communicate()
+
+
+def test_a_process_that_is_frozen_while_it_looks_holds_up_nobody(tmp_path: Path) -> None:
+    first = taken(tmp_path)
+    with (tmp_path / "gpus").open("w") as turn, (tmp_path / "gpu-1-0").open("w") as place:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(place, fcntl.LOCK_EX)  # it was just looking at this one
+        began = time.monotonic()
+        second = taken(tmp_path)
+        assert time.monotonic() - began < 30
+    try:
+        assert [first[1], second[1]] == ["3", "3"], "what it looks at counts as taken"
+    finally:
+        end(first)
+        end(second)

@@ -16,12 +16,13 @@ import pytest
 from trainables.far import SCRATCH, held_folder
 from tune_service.local_ray import (
     LOCK,
-    _adopt_orphans,
     _end_all,
     _end_processes_of,
     _is_of,
+    _tend_guards,
     scratch_folder,
 )
+from tune_service.prctl import adopt_orphans
 
 OWNER = """
 import os, signal, subprocess, sys, time
@@ -80,7 +81,7 @@ def test_a_scratch_folder_goes_with_its_study(root: Path) -> None:
 
 def test_what_a_killed_driver_left_is_ended_and_removed_at_once(root: Path) -> None:
     """Though this process is one that orphans become children of, as a session's or a container's init is."""
-    _adopt_orphans()
+    adopt_orphans()
     left = killed_owner(root, has_guard=True)
     try:
         end = time.monotonic() + 10
@@ -90,6 +91,51 @@ def test_what_a_killed_driver_left_is_ended_and_removed_at_once(root: Path) -> N
         assert processes_of(left) == []
     finally:
         _end_processes_of(left)
+
+
+def guards() -> list[psutil.Process]:
+    living = [each for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE]
+    return [each for each in living if "clear_up" in " ".join(each.cmdline())]
+
+
+def test_a_guard_that_is_killed_has_a_successor_and_one_that_is_frozen_goes_on() -> None:
+    with scratch_folder():
+        (guard,) = guards()
+        guard.kill()
+        guard.wait()
+        _tend_guards()
+        (successor,) = guards()
+        assert successor.pid != guard.pid
+        successor.suspend()
+        while successor.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        _tend_guards()
+        assert guards() == [successor] and successor.status() != psutil.STATUS_STOPPED
+    assert guards() == []
+
+
+ENDS = """
+import sys, time
+import tune_service.local_ray as local_ray
+local_ray.prepare_environment(1)
+with local_ray.scratch_folder() as scratch:
+    print(scratch)
+    with local_ray.local_ray(scratch, 1, 0, "ends", lambda why: print(why, flush=True)):
+        next(each for each in local_ray._children() if each.name() == "gcs_server").suspend()
+        began = time.monotonic()
+    print(round(time.monotonic() - began), flush=True)
+    print([each for each in local_ray._children() if each.status() != "zombie"])
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_whose_server_is_frozen_ends_all_the_same() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TMPDIR"}  # a short one for sockets
+    run = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 0, run.stderr
+    scratch, took_s, left = run.stdout.split()
+    assert int(took_s) < 25 and left == "[]"
+    assert not Path(scratch).exists()
 
 
 def test_what_a_killed_driver_left_is_ended_and_removed_by_the_next_study(root: Path) -> None:

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from tune_service import mps
-from tune_service.local_ray import _adopt_orphans
 from tune_service.machine import Machine
 from tune_service.mps import CONTROL, LOGS, PIPES, SideBySide, side_by_side
+from tune_service.prctl import adopt_orphans
 from tune_service.spec import parse_spec
 from tune_service.this_machine import LocalSession, ThisMachine
 
@@ -37,7 +37,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
     monkeypatch.delenv(PIPES, raising=False)
     monkeypatch.setattr(mps, "CLIENT", [sys.executable, "-c", ""])
-    _adopt_orphans()
+    adopt_orphans()
     yield script
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+TURN_S = 2.0
 
 
 def take_card(cards: Sequence[str], folder: Path) -> str:
@@ -18,9 +21,20 @@ def take_card(cards: Sequence[str], folder: Path) -> str:
         places = [_places(folder, number) for number in range(len(cards))]
         number = min(range(len(cards)), key=lambda number: places[number].count(False))
         free = places[number].index(True) if True in places[number] else len(places[number])
-        descriptor = os.open(folder / f"gpu-{number}-{free}", os.O_WRONLY | os.O_CREAT, 0o600)  # never closed
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _takes(folder / f"gpu-{number}-{free}"):  # only where a frozen process has the turn
+            free += 1
     return cards[number]
+
+
+def _takes(path: Path) -> bool:
+    """Takes a place, for as long as this process lives; not one that somebody has."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    return True
 
 
 def is_crowded(own: str, cards: Sequence[str], folder: Path) -> bool:
@@ -32,9 +46,17 @@ def is_crowded(own: str, cards: Sequence[str], folder: Path) -> bool:
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """One process at a time looks at the places, for a look takes them for a moment."""
+    """One process at a time looks at the places, for a look takes them for a moment.
+
+    Whoever is longer at it is frozen, and is not waited for: a look beside it may count a place too much.
+    """
     with (folder / "gpus").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
+        end = time.monotonic() + TURN_S
+        while time.monotonic() < end:
+            with suppress(BlockingIOError):
+                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.005)
         yield
 
 

@@ -193,7 +193,7 @@ def _tunnel(head: Head, address: str) -> Iterator[int]:
                 time.sleep(0.05)
             yield port
         finally:
-            process.terminate()
+            process.kill()  # frozen or not
             process.communicate()
 
 

@@ -23,6 +23,7 @@ from tune_service.errors import SpecError, exit_code
 from tune_service.home import StudyStorage
 from tune_service.kept import least_bytes, most_at_once
 from tune_service.place import Room
+from tune_service.prctl import end_with_parent
 from tune_service.spec import StudySpec
 from tune_service.words import counted
 
@@ -202,7 +203,13 @@ def in_a_process(arguments: Sequence[str], given: str = "") -> tuple[str, str]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     try:
         run = subprocess.run(
-            command, input=given.encode(), capture_output=True, timeout=IMPORT_TIMEOUT_S, env=environment, check=False
+            command,
+            input=given.encode(),
+            capture_output=True,
+            timeout=IMPORT_TIMEOUT_S,
+            env=environment,
+            check=False,
+            preexec_fn=end_with_parent,
         )
     except subprocess.TimeoutExpired:
         return "", f"the import took more than {IMPORT_TIMEOUT_S} s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -15,19 +14,21 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, signal
+from signal import SIG_IGN, SIGCONT, SIGHUP, SIGINT, SIGTERM, signal
 
 import psutil
 
 from trainables.errors import MOST_SAID, printed
 from trainables.far import SCRATCH, held_folder, left_lock
 from trainables.redaction import redacted
+from tune_service.prctl import adopt_orphans
 from tune_service.ray_start import interrupts_put_off, quick_start
 
-PR_SET_CHILD_SUBREAPER = 36
 LOCK = ".lock"
 """In a scratch folder; its owner holds it."""
 END_S = 5.0
+SHUTDOWN_S = 10.0
+"""How long Ray may take to end by itself; where its servers are frozen it would take a minute."""
 SETTLE_S = 0.02
 """A process that is just being started is there, with its environment, after so long."""
 LOOK_S, FIRST_LOOK_S = 1.0, 0.1
@@ -79,14 +80,13 @@ def scratch_folder() -> Iterator[Path]:
 
     Removes those whose owner was killed, and ends what is left of its processes: nobody holds their lock.
     """
-    _adopt_orphans()
+    adopt_orphans()
     root = Path(_scratch_root())
     for lock in root.glob(f"tune-*/{LOCK}"):
         _clear(lock.parent)
     scratch, descriptor = held_folder(root, "tune-", LOCK)
     os.environ[SCRATCH] = str(scratch)
-    guard = _guard(scratch)
-    _guards.add(guard.pid)
+    _guards[scratch] = _guard(scratch)
     try:
         yield scratch
     finally:
@@ -95,9 +95,9 @@ def scratch_folder() -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 _remove(scratch)
             os.close(descriptor)
+            guard = _guards.pop(scratch)
             guard.kill()
             guard.communicate()
-            _guards.discard(guard.pid)
 
 
 def _guard(scratch: Path) -> subprocess.Popen[bytes]:
@@ -145,7 +145,7 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
     """
     import ray
 
-    others, told = set(psutil.Process().children(recursive=True)), list[int]()
+    others, told = _children(), list[int]()
     try:
         with _watched(scratch, on_lost, others, told):
             with interrupts_put_off(told), quick_start(told):
@@ -162,11 +162,24 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
             yield
     finally:
         with undisturbed():
-            processes = set(psutil.Process().children(recursive=True)) - others
+            processes = _children() - others
             patience_s = END_S if ray.is_initialized() else 0.0  # what was just starting nobody tells to end
-            ray.shutdown()
+            with _no_longer_than(SHUTDOWN_S, lambda: _end_all(lambda: _children() - others)):
+                ray.shutdown()
             psutil.wait_procs(processes, timeout=patience_s)
-            _end_all(lambda: set(psutil.Process().children(recursive=True)) - others)
+            _end_all(lambda: _children() - others)
+
+
+@contextmanager
+def _no_longer_than(seconds: float, end: Callable[[], None]) -> Iterator[None]:
+    """Calls `end`, in a thread, where the block takes longer: it waits for what that ends."""
+    timer = threading.Timer(seconds, end)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _end_processes_of(scratch: Path) -> None:
@@ -233,6 +246,7 @@ def _watched(
         stopped_s = 0.0
         look_s = FIRST_LOOK_S
         while not end.wait(look_s):
+            _tend_guards()
             if len(servers) == len(SERVERS):
                 look_s = LOOK_S
             else:
@@ -281,26 +295,32 @@ def _state(process: psutil.Process) -> str:
         return str(psutil.STATUS_DEAD)
 
 
-def _adopt_orphans() -> None:
-    """What Ray's processes leave behind when they are killed becomes this process's child, and is ended with them."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+_guards: dict[Path, subprocess.Popen[bytes]] = {}
+"""Each scratch folder of this process and its guard."""
 
 
-_guards: set[int] = set()
-"""The process numbers of this process's guards."""
+def _tend_guards() -> None:
+    """One that has ended has a successor, one that was frozen goes on: behind whom else would clear up?"""
+    for scratch, guard in list(_guards.items()):
+        with contextlib.suppress(OSError, psutil.Error):
+            if guard.poll() is not None:
+                _guards[scratch] = _guard(scratch)
+            elif psutil.Process(guard.pid).status() == psutil.STATUS_STOPPED:
+                guard.send_signal(SIGCONT)
+
+
+def _children() -> set[psutil.Process]:
+    """All that this process has started, and what they have, but for its guards: those end after it."""
+    guards = {guard.pid for guard in _guards.values()}
+    return {each for each in psutil.Process().children(recursive=True) if each.pid not in guards}
 
 
 def end_children() -> None:
-    """Ends all that this process has started, frozen or not: whoever waits for an answer of it gets an error.
-
-    But for the guard: where this process ends too, it clears up.
-    """
-    for process in psutil.Process().children(recursive=True):
+    """Ends all that this process has started, frozen or not: whoever waits for an answer of it gets an error."""
+    _tend_guards()  # it may have been frozen with the others; where this process ends too, it clears up
+    for process in _children():
         with contextlib.suppress(psutil.Error):
-            if process.pid in _guards:
-                process.resume()  # it may have been frozen with the others
-            else:
-                process.kill()
+            process.kill()
 
 
 def _scratch_root() -> str:

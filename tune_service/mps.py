@@ -5,7 +5,6 @@ Its server lasts as long as one study. Whoever inherits the environment takes pa
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -15,11 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from signal import SIGKILL
 
 import psutil
 
 from tune_service.local_ray import undisturbed
+from tune_service.prctl import end_with_parent
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
@@ -39,8 +38,6 @@ CLIENT = [
 GPU_FAULT = re.compile(r"CUDA error: (?!device-side assert|out of memory)")
 """Ends every process on the GPU that the server serves, by NVIDIA's words; asserts are known to end their own alone."""
 FAULTS_WITHIN_S = 60.0
-PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 
 
 class SideBySide:
@@ -104,7 +101,7 @@ def side_by_side(folder: Path, cards: Sequence[str], most: int) -> Iterator[Side
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not for it: its clients end first
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
     except OSError as error:
         yield SideBySide(None, f"{CONTROL} cannot be run: {error.strerror}")
@@ -172,8 +169,3 @@ def _end(server: subprocess.Popen[bytes]) -> None:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(processes, timeout=END_S)
-
-
-def _end_with_parent() -> None:
-    """In the new process: a driver that is killed leaves no server behind."""
-    _libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)

@@ -229,7 +229,7 @@ class Program:
         """Processes and scratch files that are still there, as soon as there are none or after a few seconds."""
 
         def look() -> list[str]:
-            commands = [f"{each.pid} {each.info['name']}" for each in self.named("")]
+            commands = [f"{each.pid} {each.info['name']}" for each in self.named(("",))]
             return commands + [str(path) for path in self.scratch.glob("tune-*")]  # torch has a cache beside them
 
         end = time.monotonic() + 5

@@ -6,10 +6,13 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import pytest
 from fault_points import FaultPoints
 from program import RANK, Program, Run, scores, wait_until
 from toys import curve, read_notes
+
+from tune_service.prctl import adopt_orphans
 
 FINE, KILLED, RAISES, EXITS, FROZEN, ORPHANED = range(6)
 """What happens to the trial with this x."""
@@ -216,6 +219,30 @@ def test_processes_that_freeze_as_they_start_cost_their_trial_the_time_to_start(
     ]
     assert "trial 0: the trial's supervisor was lost" in found.err
     assert "trial 0: rank 0 gave no answer in 20 s; silent: [0]; starting again at epoch 1" in found.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_driver_s_end_is_cleared_up_behind_whatever_befell_its_guard_before(
+    program: Program, way: signal.Signals
+) -> None:
+    adopt_orphans()  # as a session's or a container's init does: Ray's processes then go on by themselves
+    name = f"unguarded-{way.name.lower()}"
+    changes = {"training": {"faults": [{"x": 0, "epoch": 2, "does": "hold"}]}, "search_space": {"x": {"choice": [0]}}}
+    command = program.start("run", program.spec(name, {**changes, "budget": {"trials": 1}}))
+    program.wait_for_note(name, "hold", 0, epoch=2)
+
+    def guards(state: str = psutil.STATUS_SLEEPING) -> list[psutil.Process]:
+        found = [each for each in psutil.Process(command.pid).children() if each.status() == state]
+        return [each for each in found if "clear_up" in " ".join(each.cmdline())]
+
+    (guard,) = guards()
+    guard.send_signal(way)
+    wait_until(lambda: not guards(), 5, "the end, or the stop, of the guard")
+    wait_until(guards, 20, "a guard")
+    command.send(signal.SIGKILL)
+    command.wait()
+    assert program.leftovers() == []
 
 
 @pytest.mark.slow
