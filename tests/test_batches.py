@@ -96,6 +96,13 @@ def test_an_empty_text_still_has_a_token(kind: str, expected: str) -> None:
     assert tokens_of(kind, ("",), ("  ",)) == [expected, expected]
 
 
+def test_the_token_of_an_empty_text_is_not_the_one_that_pads() -> None:
+    tokenizer = word_tokenizer("gpt2")
+    tokenizer.pad_token = tokenizer.eos_token
+    encoded = encode(tokenizer, [("",)], 8)
+    assert encoded.ids.tolist() == [tokenizer.sep_token_id]
+
+
 def test_an_empty_text_has_a_type_for_its_token() -> None:
     tokenizer = word_tokenizer("gpt2")
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -106,6 +107,15 @@ def test_the_latest_checkpoint_is_one_whose_bytes_are_all_there(store: Checkpoin
     (store.folder(0, 3) / "model" / "weights.safetensors").write_text("jello")
     latest = store.latest(0)
     assert latest is not None and latest.epoch == 2
+
+
+def test_a_checkpoint_that_lies_in_the_place_of_another_is_not_gone_on_from(store: CheckpointStore) -> None:
+    write(store, trial=0, epoch=1)
+    shutil.copytree(store.folder(0, 1), store.folder(0, 2))
+    shutil.copytree(store.folder(0, 1), store.folder(1, 1))
+    latest = store.latest(0)
+    assert latest is not None and latest.epoch == 1
+    assert store.latest(1) is None
 
 
 def test_an_epoch_that_is_repeated_replaces_the_checkpoint_before(store: CheckpointStore) -> None:
@@ -307,6 +317,48 @@ def test_a_deleted_checkpoint_is_out_of_sight_before_its_first_file_goes(
         store.sweep()
         assert leftovers(store) == []
     assert seen[0] == [1] and seen[-1] == []
+
+
+# ---- when the power fails
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Path | str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        assert (source / MANIFEST).exists()
+        assert {source, *source.rglob("*")} <= set(events), "what is not synced may be empty after a power cut"
+        events.append("replaced")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write(store)
+    assert {store.folder(0, 1).parent, store.root} <= set(events[events.index("replaced") :])
+
+
+def test_an_error_that_a_disk_tells_once_is_not_overlooked(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of a write that it lost at the first fsync after that, and forgets it."""
+    fsync, errors = os.fsync, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def fails_once(descriptor: int) -> None:
+        if errors:
+            raise errors.pop()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(store)
+    assert store.kept() == {}
 
 
 def test_deleting_what_is_not_there_does_nothing(store: CheckpointStore) -> None:

@@ -81,6 +81,15 @@ def test_a_given_value_that_the_first_trial_cannot_have_is_told(tmp_path: Path) 
     assert not [line for line in study.told if "does not start" in line]
 
 
+def test_trials_that_diverged_let_no_others_pass_a_rung(tmp_path: Path) -> None:
+    """They came there without a value. The best third, rounded up, of four would be two."""
+    study = HandDriven(tmp_path, scheduler=ASHA)
+    study.run(*[0.9] * 9)
+    study.run(math.nan), study.run(math.nan)
+    number = study.run(0.8)
+    assert study.trial(number).reason == "asha: epoch 1, rank 2 of 2"
+
+
 def test_another_metric_may_be_nan(tmp_path: Path) -> None:
     study = HandDriven(tmp_path)
     number = study.begin()

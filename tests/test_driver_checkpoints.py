@@ -29,6 +29,33 @@ def test_when_room_is_short_the_worst_trials_checkpoints_go(tmp_path: Path) -> N
     assert study.folder.checkpoints.kept() == {1: [1], 2: [1], 3: [1]}
 
 
+def test_room_for_a_trial_s_checkpoints_is_made_when_it_is_handed_out(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(400))
+    for score in (0.5, 0.7, 0.6):
+        study.run(score, num_bytes=100)
+    study.begin()
+    assert study.folder.checkpoints.kept() == {0: [1], 1: [1], 2: [1]}
+    study.begin()
+    assert study.folder.checkpoints.kept() == {1: [1], 2: [1]}, "each of the two may write one"
+
+
+def test_a_trial_that_waits_without_a_checkpoint_takes_no_room(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, checkpoints=budget_of(600))
+    study.run(0.5, num_bytes=100)
+    first, second = study.begin(), study.begin()
+    study.report(first, 1, 0.6, num_bytes=100)
+    study.driver.supervisor_lost(second, "node gone")
+    assert study.driver.has_room, "two that run with two each, the best, and the best that has ended"
+
+
+def test_the_only_checkpoint_of_a_trial_of_one_epoch_is_missed_when_it_is_gone(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, training={"max_epochs": 1})
+    number = study.run(0.5, num_bytes=10)
+    assert study.record.saves(number)
+    study.folder.checkpoints.delete(number, 1)
+    assert study.record.best() is None
+
+
 def test_room_is_kept_for_a_whole_checkpoint_before_there_is_one(tmp_path: Path) -> None:
     study = HandDriven(tmp_path, checkpoints=budget_of(400))
     for score in (0.5, 0.7):
@@ -134,7 +161,7 @@ def test_a_running_trial_keeps_what_it_goes_on_from_and_the_model_of_its_best_ep
     assert study.record.folder.checkpoints.epochs(number) == [2, 3]
 
 
-@pytest.mark.parametrize("way", ["failed", "supervisor lost", "resumed"])
+@pytest.mark.parametrize("way", ["failed", "out of memory", "supervisor lost", "resumed"])
 def test_epochs_that_are_trained_again_count_with_their_new_values_alone(tmp_path: Path, way: str) -> None:
     """On a GPU they come out a little different. The models of the first time must not hold the place of the best."""
     study = HandDriven(tmp_path, scheduler={"name": "none"}, budget={"trials": 1})
@@ -143,6 +170,9 @@ def test_epochs_that_are_trained_again_count_with_their_new_values_alone(tmp_pat
         study.report(number, epoch, score, num_bytes=10, resumable=resumable)
     if way == "failed":
         assert study.fail(number, "rank 0 died")
+    elif way == "out of memory":
+        result = {"number": number, "next_within_s": 60.0, "failure": "out of memory", "fault": "memory"}
+        assert study.driver.result(result | {"micro_batch_size": 8})
     elif way == "supervisor lost":
         study.driver.supervisor_lost(number, "killed")
         study.begin()

@@ -48,6 +48,18 @@ def test_a_trial_that_a_stop_ends_has_the_checkpoint_of_its_last_report_but_not_
     assert [report.epoch for report in study.trial(running).reports] == [1, 2]
 
 
+def test_a_supervisor_that_is_lost_while_the_study_stops_costs_its_trial_no_restart(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path, faults={"restarts_per_trial": 0})
+    running = study.begin()
+    study.record.request_stop(now=True)
+    study.driver.poll()
+    study.driver.supervisor_lost(running, "ended with its Ray")
+    trial = study.trial(running)
+    assert (trial.state, trial.reason) == ("paused", "the trial's supervisor was lost: ended with its Ray")
+    study.resume()
+    assert study.begin() == running
+
+
 def test_a_request_to_stop_is_looked_for_often_but_not_at_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

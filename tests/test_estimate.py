@@ -63,6 +63,8 @@ def test_trials_that_share_a_gpu_may_be_as_slow_as_one_after_the_other() -> None
     assert found.epoch_s == (12.0, 48.0)
     assert found.gpu_hours == pytest.approx((16 * 9 * 12 * 0.25 / 3600, 16 * 9 * 48 * 0.25 / 3600))
     assert str(found).startswith("7.2 to 29 min, 0.12 to 0.48 GPU hours: 144 epochs")
+    alone = estimate(spec(16, scheduler="none", gpus_per_worker=0.25), STEP, at_once=1, storage_bytes_s=12e6)
+    assert alone.epoch_s == (12.0, 12.0)
 
 
 def test_an_epoch_longer_than_a_silent_rank_is_waited_for_is_refused() -> None:
@@ -74,3 +76,6 @@ def test_an_epoch_longer_than_a_silent_rank_is_waited_for_is_refused() -> None:
     check = too_long(spec(), estimate(spec(), large, 1, 12e6))
     assert check is not None and check.found.startswith("an epoch or a checkpoint takes 17 min")
     assert too_long(spec(), estimate(spec(), STEP, 1, 12e6)) is None
+    hasty = toy_spec(Path.cwd(), faults={"step_timeout_s": 10.0})
+    check = too_long(hasty, estimate(hasty, STEP, 1, 12e6))
+    assert check is not None and "a rank that is silent for 10 s is ended" in check.found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import multiprocessing
 import os
@@ -206,6 +207,39 @@ def assert_close(found: Curve, expected: Curve, tolerance: float = 1e-4) -> None
         assert ours == pytest.approx(theirs, abs=tolerance)
 
 
+# ---- what training does
+
+
+def test_an_epoch_does_what_a_plain_loop_of_torchs_own_parts_does(settings: Callable[..., Settings]) -> None:
+    import torch
+    from torch.nn.utils import clip_grad_norm_
+    from torch.nn.utils.rnn import pad_sequence
+
+    from trainables.batches import epoch_batches
+    from trainables.config import FinetuneConfig
+    from trainables.finetune import Run
+
+    chosen = settings(max_epochs=1, warmup_fraction=0.0, weight_decay=0.1, max_grad_norm=0.5)
+    run = Run(Context({}, seed=42, max_epochs=1, settings=chosen), FinetuneConfig(**chosen))
+    rows, labels, plain = run.data.train, run.data.train_labels, copy.deepcopy(run.learner.network).train()
+    decaying, other = ([each for each in plain.parameters() if (each.ndim > 1) is wanted] for wanted in (True, False))
+    optimizer = torch.optim.AdamW([{"params": decaying, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}])
+    for step, batch in enumerate(epoch_batches(rows.lengths, 32, seed=42, epoch=1)):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 3)
+        texts = [torch.from_numpy(rows.ids[rows.offsets[row] : rows.offsets[row + 1]]).long() for row in batch]
+        ids = pad_sequence(texts, batch_first=True, padding_value=run.tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        optimizer.zero_grad()
+        plain(input_ids=ids, attention_mask=mask, labels=labels[batch]).loss.backward()
+        clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+    run.train_epoch(1)
+    for (name, ours), theirs in zip(run.learner.network.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5), name
+    run.close()
+
+
 # ---- the same curve
 
 
@@ -266,6 +300,19 @@ def test_the_learning_rate_follows_the_schedule_whatever_the_world_size(
     assert [each["learning_rate"] for each in two.curve(linear)] == expected
 
 
+def test_the_schedule_counts_the_smaller_last_batch_of_each_epoch(
+    settings: Callable[..., Settings], inputs: Path
+) -> None:
+    odd = settings({"task": "mrpc", "path": str(inputs / "odd")}, warmup_fraction=0.0, learning_rate=0.012)
+    # 12 steps; the last of each epoch is step 3, 7 and 11 from 0.
+    assert [each["learning_rate"] for each in curve(odd)] == pytest.approx([0.009, 0.005, 0.001])
+
+
+def test_the_seed_of_training_orders_the_rows(settings: Callable[..., Settings]) -> None:
+    first, other = (curve(settings(seed=seed, max_epochs=1)) for seed in (42, 43))  # of the same weights
+    assert first != other
+
+
 # ---- evaluation and export
 
 
@@ -309,6 +356,15 @@ def test_the_exported_model_scores_exactly_what_was_reported(
     assert metrics["eval_f1"] == pytest.approx(2 * right / named)
     assert metrics["eval_loss"] == pytest.approx(cross_entropy(logits, labels), abs=1e-5)
     assert 0 < predicted.mean() < 1  # a model that always says the same would prove little
+
+
+def test_what_is_exported_scores_the_same_after_dropout_and_cuts_texts_as_training_did(
+    settings: Callable[..., Settings], inputs: Path, tmp_path: Path
+) -> None:
+    source, folder = {"task": "mrpc", "path": str(inputs / "odd")}, tmp_path / "checkpoint"
+    metrics = saved(settings(source, config={"dropout": 0.5}, max_length=8), 2, folder).metrics
+    logits, labels = plain_logits(folder / "model", DataConfig(**source))
+    assert metrics["eval_loss"] == pytest.approx(cross_entropy(logits, labels), abs=1e-5)
 
 
 def test_scores_are_evaluated_exactly_over_ranks_too(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,9 +105,11 @@ def test_a_living_driver_keeps_others_out_however_long_it_lives(
     with other_driver(folder) as process:
         time.sleep(4)
         assert folder.driver_is_alive()
+        before = sorted(folder.path.iterdir())
         with pytest.raises(StudyRunningError, match=f"process {process.pid} on ") as refusal, folder.driving():
             pass
         assert exit_code(refusal.value) == 2
+        assert sorted(folder.path.iterdir()) == before, "whoever was refused leaves nothing"
         assert write(process, 7) == "written"
 
 
@@ -125,6 +128,90 @@ def test_a_driver_that_slept_with_its_machine_is_alive_when_it_wakes(folder: Stu
     with other_driver(folder):
         os.utime(folder.driver_lock, (0, 0))
         assert folder.driver_is_alive()
+
+
+def test_a_lock_file_that_was_replaced_while_it_was_taken_is_taken_anew(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, taken = lease._take, []
+
+    def late(path: Path, *others: Any) -> lease.FileLease:
+        taken.append(take(path, *others))
+        if len(taken) == 1:
+            path.unlink()
+        return taken[-1]
+
+    monkeypatch.setattr(lease, "_take", late)
+    with folder.driving() as own:
+        assert len(taken) == 2 and not own.lost
+
+
+def test_a_disk_that_is_away_for_a_moment_ends_no_beats(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    touch, errors = lease.FileLease._touch, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def fails_once(own: lease.FileLease) -> None:
+        if errors:
+            raise errors.pop()
+        touch(own)
+
+    monkeypatch.setattr(lease.FileLease, "_touch", fails_once)
+    with folder.driving() as own, own.beating(pytest.fail):
+        os.utime(folder.driver_lock, (0, 0))
+        end = time.monotonic() + 10
+        while folder.driver_lock.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not errors and folder.driver_lock.stat().st_mtime > 0
+
+
+def test_a_silent_driver_is_taken_over_only_when_its_write_is_over(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "WRITE_PATIENCE_S", 0.5)
+    with other_driver(folder) as process:
+        make_silent(folder, process)
+        before = folder.driver_lock.read_text()
+        with (
+            lease.locked(folder.journal_lock),
+            pytest.raises(StorageError, match="one writer at a time"),
+            folder.driving(),
+        ):
+            pass
+        assert folder.driver_lock.read_text() == before
+        with folder.driving() as own:
+            assert not own.lost
+
+
+def test_a_main_loop_hears_at_its_next_round_that_its_study_was_taken_over(folder: StudyFolder) -> None:
+    with folder.driving() as own:
+        own.sign_of_life()
+        folder.driver_lock.write_text("1 on another-machine 0123456789abcdef\n")
+        with pytest.raises(LeaseLostError):
+            own.sign_of_life()
+
+
+@pytest.mark.timeout(30)
+def test_nothing_of_a_longer_name_of_the_holder_before_is_left(folder: StudyFolder) -> None:
+    folder.driver_lock.write_text("4194304 on " + "a-long-name-" * 20 + " 0123456789abcdef\n")
+    with folder.driving() as own:
+        assert not own.lost
+        assert folder.driver_lock.read_text().count("\n") == 1
+
+
+def test_a_driver_whose_whole_process_stood_still_is_not_stuck(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monotonic, slept_s, calls = time.monotonic, [0.0], list[str]()
+    monkeypatch.setattr(lease.time, "monotonic", lambda: monotonic() + slept_s[0])
+    with folder.driving() as own, own.beating(calls.append):
+        own.sign_of_life()
+        os.utime(folder.driver_lock, (0, 0))
+        slept_s[0] = 10 * lease.STUCK_S
+        end = monotonic() + 10
+        while folder.driver_lock.stat().st_mtime == 0 and not calls and monotonic() < end:
+            time.sleep(0.01)
+        assert calls == [] and folder.driver_lock.stat().st_mtime > 0
 
 
 def test_what_a_killed_taker_left_is_in_nobodys_way(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:

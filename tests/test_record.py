@@ -97,6 +97,24 @@ def test_a_study_is_running_while_its_driver_lives_and_interrupted_after(tmp_pat
     assert study.record.status().state == "completed"
 
 
+def test_a_notice_is_told_only_while_its_driver_lives(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    study.record.set_notice("trials wait for nodes")
+    assert study.record.status().notice == "trials wait for nodes"
+    study.kill()
+    assert study.record.status().notice is None
+
+
+def test_reports_come_in_the_order_of_their_epochs_in_whatever_order_they_were_written(tmp_path: Path) -> None:
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    study.report(number, 2, 0.5)
+    study.fail(number, "rank 0 died")
+    for epoch in (1, 3, 9):
+        study.report(number, epoch, 0.5)
+    assert [report.epoch for report in study.trial(number).reports] == [1, 2, 3, 9]
+
+
 def test_a_stopped_study_that_had_nothing_left_to_do_is_completed(tmp_path: Path) -> None:
     study = HandDriven(tmp_path, budget={"trials": 1})
     study.run(0.5)
@@ -238,6 +256,20 @@ def test_a_last_line_that_a_killed_writer_left_unfinished_is_cut_off(
     assert all(json.loads(line) for line in study.folder.journal.read_text().splitlines())
 
 
+def test_of_a_report_that_a_killed_writer_left_half_written_optuna_has_the_value_too(tmp_path: Path) -> None:
+    """Its attribute comes last: by that we know the report, and would not write its value again."""
+    study = HandDriven(tmp_path)
+    number = study.begin()
+    study.report(number, 1, 0.5)
+    lines = study.folder.journal.read_bytes().splitlines(keepends=True)
+    study.folder.journal.write_bytes(b"".join(lines[:-1]))
+    study.resume()
+    assert study.begin() == number
+    study.report(number, 1, 0.5)
+    assert [report.epoch for report in study.trial(number).reports] == [1]
+    assert optuna_trials(study.folder)[number].intermediate_values == {1: 0.5}
+
+
 def test_a_request_to_stop_survives_a_last_line_that_was_left_unfinished(tmp_path: Path) -> None:
     study = HandDriven(tmp_path)
     study.run(0.5)
@@ -255,6 +287,7 @@ def test_a_trial_that_was_killed_between_the_note_of_its_end_and_the_end_goes_on
     study.report(number, 1, 0.5)
     study.record._set(study.record._trial(number), "ended_at", "2026-01-01T00:00:00Z")
     study.kill()
+    assert study.trial(number).ended_at is None
     study.resume()
     assert study.begin() == number
     study.finish(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def test_a_grid_is_as_long_as_its_limit_however_wide_it_is() -> None:
 
 
 # ---- what is suggested
+
+
+def test_tpe_looks_for_parameters_that_differ_also_where_all_trials_were_stopped(tmp_path: Path) -> None:
+    space = {"x": {"uniform": [0.0, 1.0]}, "depth": {"choice": [1, 2]}, "fixed": {"choice": [7]}}
+    study = HandDriven(tmp_path, search_space=space)
+    study.run(math.nan), study.run(math.nan)
+    record = study.record._study
+    found = record.sampler.infer_relative_search_space(record, record.trials[0])
+    assert found.keys() == {"x", "depth"}
 
 
 def first_params(study: HandDriven, count: int) -> list[dict[str, Any]]:

@@ -212,6 +212,13 @@ def test_what_a_group_does_while_another_starts_anew_is_not_counted() -> None:
     assert told == ["2 trials share the GPU: 0.2 epochs/s"]
 
 
+def test_one_group_s_epochs_are_not_believed_before_each_has_finished_two() -> None:
+    sharing = three_trials()
+    assert report(sharing, range(2), range(1, 2)) == []
+    assert report(sharing, range(1), range(2, 20)) == []
+    assert report(sharing, range(1, 2), range(20, 22)) == ["2 trials share the GPU: 1.1 epochs/s"]
+
+
 def test_nothing_is_measured_while_more_run_than_may() -> None:
     """As they do for a while after their number was lowered."""
     sharing = three_trials()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,23 @@ def test_a_new_study_removes_what_is_left_of_the_one_that_had_its_name(storage: 
     create(storage, "other").path.rename(storage.root / ".deleted-other~1")
     assert list(storage.create("toy").path.iterdir()) == []
     assert sorted(path.name for path in storage.root.iterdir()) == [".deleted-other~1", "toy"]
+
+
+def test_a_new_study_leaves_what_another_process_is_just_deleting(storage: Storage) -> None:
+    create(storage, "toy").path.rename(storage.root / ".deleted-toy~1")
+    with StudyFolder(storage.root / ".deleted-toy~1", "toy").driving():
+        storage.create("toy")
+        assert sorted(path.name for path in storage.root.iterdir()) == [".deleted-toy~1", "toy"]
+
+
+def test_the_lock_of_a_study_that_is_removed_goes_after_its_checkpoints(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rmtree, seen = create(storage, "toy"), shutil.rmtree, []
+    (folder.path / "checkpoints" / "trial-00000").mkdir(parents=True)
+    monkeypatch.setattr("tune_service.storage.shutil.rmtree", lambda path: (seen.append(path.name), rmtree(path)))
+    folder.remove()
+    assert "checkpoints" in seen[:-1] and seen[-1].startswith(".deleted-toy~")
 
 
 def test_a_removed_study_takes_the_checkpoints_along_that_lie_on_another_disk(storage: Storage, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from trainables import Context, Report
 from trainables.checkpoint import CheckpointStore
-from trainables.errors import OutOfMemoryError, StepDeadlineError, TrialError, WorkerLostError
+from trainables.errors import OutOfMemoryError, RankNotStartedError, StepDeadlineError, TrialError, WorkerLostError
 from trainables.trial import TrialSupervisor, halved
 from trainables.worker import Task
 from trainables.worker_group import InProcessWorkerGroup, WorkerGroup
@@ -212,6 +212,24 @@ def test_a_warm_group_that_was_lost_between_two_trials_fails_neither(task: Task,
     assert found.step()["finished"] is False and found._group is not group
 
 
+def test_a_group_that_was_put_on_a_node_that_is_going_is_put_elsewhere_once(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainables.trial.NODE_NEWS_S", 0.0)
+
+    class Doomed(InProcessWorkerGroup):
+        def begin(self, task: Task) -> None:
+            raise RankNotStartedError("rank 0 died: its node was lost")
+
+    found, sound = supervisor(task), InProcessWorkerGroup()
+    groups: list[WorkerGroup] = [Doomed(), sound]
+    monkeypatch.setattr(found, "_new_group", lambda: groups.pop(0))
+    assert found.step()["finished"] is False and found._group is sound
+    found._drop_group()
+    found._begun, groups = False, [Doomed(), Doomed()]
+    assert "its node was lost" in found.step()["failure"]
+
+
 @pytest.mark.parametrize(
     ("large_bytes", "events"),
     [(1000, "report save report save report save"), (100, "report save report save go_on report save")],
@@ -269,6 +287,8 @@ def test_small_checkpoints_are_written_whole_after_every_epoch(task: Task) -> No
 
 def test_where_a_checkpoint_takes_long_only_the_models_of_best_epochs_are_saved(task: Task) -> None:
     assert saves(climbing(task, whole_s=100.0)) == {1: (10, False), 2: (10, False), 5: (10, False)}
+    as_good = climbing(replace(task, number=1), 100.0, [0.5, 0.5, 0.4])
+    assert saves(as_good) == {1: (10, False)}, "of equals the first is the best"
 
 
 def test_the_model_of_a_last_epoch_that_is_the_best_is_saved(task: Task) -> None:
@@ -286,6 +306,36 @@ def test_a_whole_checkpoint_is_due_when_ten_times_what_one_takes_have_passed(tas
     found._whole_at -= 1.0
     assert saves(found, epochs=5) == {5: (21, True)}
     assert found._whole_s is None, "small ones are never left out"
+
+
+def test_after_a_whole_checkpoint_as_much_time_passes_again_before_the_next(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainables.trial.LARGE_BYTES", 20)
+    found = climbing(task, 40.0, [0.9, 0.5, 0.4, 0.3])
+    assert saves(found, epochs=1) == {1: (10, False)}
+    found._whole_at -= 400.0
+    assert saves(found, epochs=2) == {2: (21, True)}
+    found._whole_s = 40.0
+    assert saves(found) == {}
+
+
+def test_a_trial_that_begins_again_knows_no_best_epoch_from_before(task: Task) -> None:
+    """The driver has removed what came after the last whole checkpoint. A little worse, it is the best there is."""
+    found = climbing(task, whole_s=None)
+    saves(found, epochs=1)
+    found._whole_s = 100.0
+    saves(found, epochs=2)
+    assert found._group is not None
+
+    def next_report() -> None:
+        raise WorkerLostError("rank 0 died")
+
+    found._group.next_report = next_report  # type: ignore[method-assign]
+    assert "failure" in found.step()
+    found._store.delete(0, 2)
+    found._task = replace(found._task, params=found._task.params | {"scores": [0.5, 0.59, 0.55, 0.58, 0.57, 0.56]})
+    assert saves(found) == {1: (21, True), 2: (10, False)}
 
 
 GB = 10**9
@@ -343,7 +393,9 @@ def test_num_bytes_that_is_no_number_of_bytes_is_told(task: Task, num_bytes: Any
     assert "rank 0 raised TrainableError" in failure["failure"] and f"num_bytes {num_bytes!r}" in failure["failure"]
 
 
-def test_a_trial_that_is_to_be_left_saves_its_last_report_whole_after_all(task: Task) -> None:
+def test_a_trial_that_is_to_be_left_saves_its_last_report_whole_after_all(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = climbing(task, whole_s=100.0)
     saves(found, epochs=2)
     third = found.step()
@@ -354,6 +406,8 @@ def test_a_trial_that_is_to_be_left_saves_its_last_report_whole_after_all(task: 
     assert found.step()["epoch"] == 4
     best = climbing(replace(task, number=1), whole_s=100.0)
     best.step(), best.step()
+    assert best._group is not None
+    monkeypatch.setattr(best._group, "go_on", pytest.fail)  # nobody waits for the next report
     best.save_whole()
     assert best.step()["resumable"], "in the place of the model alone"
 
@@ -458,6 +512,8 @@ def test_a_micro_batch_of_one_row_is_not_halved(task: Task) -> None:
         sizes.append(smaller.settings["training"]["micro_batch_size"])
     assert sizes == [2, 1]
     assert halved(replace(task, settings={}), workers=1) is None, "a trainable of the user's own"
+    wide = halved(replace(task, settings={"training": training | {"micro_batch_size": 64}}), workers=2)
+    assert wide is not None and wide.settings["training"]["micro_batch_size"] == 2, "a rank has four rows"
 
 
 @pytest.mark.parametrize(("number", "fault"), [(28, "storage"), (30, "storage"), (2, None)])

@@ -170,6 +170,20 @@ def test_an_exception_becomes_text_with_its_rank_class_and_message_and_its_trace
     assert 'toy_trainable.py", line' in text and text.endswith("ValueError: row 8 is no row\n")
 
 
+def test_a_traceback_in_the_log_holds_no_secret_of_the_environment(
+    begun: Callable[..., RankWorker], task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "Zq8-plain-key-4417")
+
+    def asks(context: Context) -> Iterator[Report]:
+        raise ValueError(f"no answer for {os.environ['SOME_API_KEY']}")
+        yield Report(1, {})
+
+    with pytest.raises(TrialError):
+        begun(asks).next_report()
+    assert "ValueError: no answer for ***" in log(task) and "Zq8" not in log(task)
+
+
 def test_an_exception_that_cannot_be_pickled_becomes_text_too(task: Task) -> None:
     worker = RankWorker(0, 1, uses_gpu=False)
     worker.begin(Task(**{**vars(task), "trainable": "toy_trainable:raises_unpicklable"}))

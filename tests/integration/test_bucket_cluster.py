@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,4 +54,4 @@ def test_a_clusters_study_lives_in_the_bucket_and_goes_on_from_there(
     assert state == [3, 3]
     assert ask("delete", "rolls", "--yes")["bytes"] > 1000
     assert store.names("rolls") == []
-    assert not list(Path("/tmp").glob("tune-rank-*/shipped"))
+    assert not list(Path(tempfile.gettempdir()).glob("tune-rank-*/shipped"))

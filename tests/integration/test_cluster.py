@@ -106,11 +106,13 @@ def test_a_killed_driver_leaves_nothing_running_and_resume_goes_on_from_the_chec
     spec = laptop.program.spec("rolls", hold(1, 3) | {"resources": {"workers": 2}})
     laptop.json("submit", spec)
     laptop.program.wait_for_note("rolls", "hold", x=1, epoch=3)
-    laptop.cluster.driver("rolls").send_signal(signal.SIGKILL)
     job = laptop.cluster.jobs()["rolls-1"]["job_id"]
 
     def are_gone() -> bool:
         return not any(actor["job_id"] == job for actor in laptop.cluster.actors())
+
+    assert not are_gone()
+    laptop.cluster.driver("rolls").send_signal(signal.SIGKILL)
 
     wait_until(are_gone, 30.0, "all actors to end with the job")
     assert laptop.json("status", "rolls")["state"] == "interrupted"

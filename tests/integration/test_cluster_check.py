@@ -75,7 +75,7 @@ def test_a_sound_spec_passes_and_one_trials_group_was_really_tried(
     assert sorted(cluster.storage.iterdir()) == before
     wait_until(lambda: not cluster.actors(), 15.0, "the ranks to be gone")
     groups = cluster.get("/api/v0/placement_groups?limit=100&detail=1")["data"]["result"]["result"]
-    assert {group["state"] for group in groups} <= {"REMOVED"}
+    assert {group["state"] for group in groups} == {"REMOVED"}
 
 
 def test_a_trainable_of_ones_own_is_imported_on_the_nodes_and_not_run(doctor: Doctor, program: Program) -> None:

@@ -284,11 +284,13 @@ def test_a_storm_of_kills_and_freezes_loses_nothing(program: Program, request: p
     # Left alone it would take 16 s at the least, so that no seed sees its end before five hits.
     matrix = Matrix(program, "storm", [], num_trials=12, concurrent=3, epoch_s=1.0, start_timeout_s=30.0)
     command, num_hits = matrix.run(), 0
+    seen: set[tuple[str, ...]] = set()
     program.wait_for_note("storm", "epoch", 0, 1)
     end = time.monotonic() + 60
     while time.monotonic() < end and command.is_running:
         time.sleep(rng.uniform(0.5, 3.0))
         target, way = rng.choice(("rank", "supervisor", "driver")), rng.choice((KILL, FREEZE))
+        seen |= {names for names in (RANK, SUPERVISOR) if program.named(names)}
         if target == "driver":
             command.send(KILL)
             command.wait()
@@ -302,6 +304,7 @@ def test_a_storm_of_kills_and_freezes_loses_nothing(program: Program, request: p
                 num_hits += 1
     found = command.wait(timeout_s=200)
     assert num_hits >= 5
+    assert seen == {RANK, SUPERVISOR}, "the names by which they are found are the ones that they have"
     status = found.json
     for trial in status["trials"]:
         assert trial["state"] in ("completed", "failed") and trial["ended_at"] is not None
