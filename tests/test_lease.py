@@ -182,6 +182,23 @@ def test_a_silent_driver_is_taken_over_only_when_its_write_is_over(
             assert not own.lost
 
 
+def test_whoever_holds_up_the_writes_of_a_record_is_named(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WRITE_PATIENCE_S", 0.2)
+    holds = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holds, str(folder.journal_lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdin is not None
+        holder.stdout.readline()
+        with pytest.raises(StorageError) as refusal, lease.locked(folder.journal_lock):
+            pass
+        holder.stdin.close()
+    (problem,) = refusal.value.problems
+    assert problem.found.startswith(f"process {holder.pid} has held {folder.journal_lock}")
+    assert problem.expected == f"`kill -CONT`, or `kill -9`, of process {holder.pid}"
+
+
 def test_a_main_loop_hears_at_its_next_round_that_its_study_was_taken_over(folder: StudyFolder) -> None:
     with folder.driving() as own:
         own.sign_of_life()

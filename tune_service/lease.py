@@ -196,12 +196,25 @@ def locked(path: Path) -> Iterator[None]:
     descriptor = _open(path)
     try:
         if not _lock_patiently(descriptor, WRITE_PATIENCE_S):
-            found = f"a process has held {path} for {WRITE_PATIENCE_S:.0f} s: it was stopped in the midst of a write"
-            expected = "`kill -CONT`, or `kill -9`, of the process that driver.lock names"
+            who = _holder(descriptor)
+            held = f"{who or 'a process'} has held {path} for {WRITE_PATIENCE_S:.0f} s"
+            found = f"{held}: it was stopped in the midst of a write"
+            expected = f"`kill -CONT`, or `kill -9`, of {who or 'the process on another machine that has it'}"
             raise StorageError(Problem(path.parent.name, "its record has one writer at a time", found, expected))
         yield
     finally:
         os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str | None:
+    """The process of this machine that has a file locked, by the kernel's list."""
+    own = os.fstat(descriptor)
+    file = f"{os.major(own.st_dev):02x}:{os.minor(own.st_dev):02x}:{own.st_ino}"
+    try:
+        held = [words for line in Path("/proc/locks").read_text().splitlines() if file in (words := line.split())]
+    except OSError:
+        return None
+    return next((f"process {words[4]}" for words in held if words[1] == "FLOCK" and words[4] != "0"), None)
 
 
 def _open(path: Path) -> int:

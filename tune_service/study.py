@@ -181,13 +181,15 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
             raise _halted(spec.name, "a study's storage takes what it writes", what) from error
         raise
     finally:
+        with suppress(LeaseLostError, BucketError):
+            lease.sign_of_life()  # a record that took nothing before may take as long again
         _put_in_line(record, reason, display)
 
 
-def _record_away(error: BaseException) -> RecordUnavailableError | None:
-    """What Tune made an error of its own of, when it was that the record's database is away."""
+def _record_away(error: BaseException) -> RecordUnavailableError | StorageError | None:
+    """What Tune made an error of its own of, when it was that the record's database is away, or its lock held."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, RecordUnavailableError):
+    while found is not None and not isinstance(found, RecordUnavailableError | StorageError):
         found = found.__cause__ or found.__context__
     return found
 

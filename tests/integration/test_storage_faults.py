@@ -5,6 +5,7 @@ On a file system of its own, of 8 MB; a checkpoint of the toy takes 1 MB.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
@@ -162,3 +163,24 @@ def test_a_study_does_not_begin_on_a_full_disk(program: Program, disk: SmallDisk
     disk.make_room()
     status = program.json("run", program.spec("full", CHANGES))
     assert status["state"] == "completed"
+
+
+# ---- a writer that stands still
+
+
+def test_a_record_that_a_frozen_writer_holds_ends_the_study_with_that_one_s_number_and_resume_goes_on(
+    program: Program,
+) -> None:
+    fault = {"x": 0, "epoch": 3, "does": "hold"}
+    changes = CHANGES | {"training": {"max_epochs": EPOCHS, "faults": [fault]}, "search_space": {"x": {"choice": [0]}}}
+    command = program.start("run", program.spec("held", changes | {"budget": {"trials": 1}}), "--json")
+    program.wait_for_note("held", "hold", 0, epoch=3)
+    lock = program.storage / "held" / "record.lock"
+    with lock.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a `stop` that is frozen in the midst of its request
+        program.release("held")
+        found = command.wait()
+    assert found.code == 1
+    assert found.json["error"]["found"].startswith(f"process {os.getpid()} has held {lock} for 30 s")
+    status = program.json("resume", "held")
+    assert (status["state"], scores(status["trials"][0])) == ("completed", curve(0, EPOCHS))
