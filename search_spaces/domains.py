@@ -95,7 +95,8 @@ class Choice:
         # By ==, as Optuna finds a choice again: 1, 1.0 and true would all be the first of them.
         twice = [value for place, value in enumerate(self.values) if value in self.values[:place]]
         if twice:
-            raise ValueError(f"choice needs values that all differ, but got {twice[0]!r} twice")
+            rule = "choice needs values that all differ (1, 1.0 and true are equal)"
+            raise ValueError(f"{rule}, but got {twice[0]!r} twice")
 
     def contains(self, value: object) -> bool:
         return any(isinstance(value, bool) == isinstance(own, bool) and value == own for own in self.values)

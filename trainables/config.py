@@ -60,7 +60,7 @@ class TrainingConfig(Settings):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast; weights and optimizer state stay fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Of new weights, the order of rows and dropout; the same for all trials unless the search space names it."""
+    """Of new weights, the order of rows and dropout; the same for all trials."""
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_word)] = "auto"
     """How steps are made ready on a GPU. off: not at all. auto: as CUDA graphs of torch's own kernels, which costs a
     second. on: as CUDA graphs of kernels compiled for the model, which costs 20 s for every new model and dropout.
