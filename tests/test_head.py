@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hand_driven import HandDriven
 
 from tune_service import __version__
 from tune_service.frames import decode
+from tune_service.head import Answer
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,3 +76,20 @@ def test_a_waiting_answer_ends_with_the_study(tmp_path: Path) -> None:
         study.record.budget_trials,
         {"more": False},
     )
+
+
+def test_whoever_waits_for_a_long_answer_gets_signs_of_life_between_its_documents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tune_service.head.ALIVE_S", 0.05)
+    stream = io.StringIO()
+    answer = Answer("w", stream)
+    with answer.signs_of_life():
+        for number in range(3):
+            time.sleep(0.2)
+            answer.send({"n": number})
+    time.sleep(0.2)
+    documents, last = decode("w", stream.getvalue())
+    assert [each["n"] for each in documents if "n" in each] == [0, 1, 2]
+    assert documents[-1] == {"n": 2}, "none after its end"
+    assert last == len(documents) >= 6

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, cast
 
 import pytest
 
+from tune_service import __version__
 from tune_service.dashboard import Dashboard, Job
-from tune_service.errors import StudyRunningError
+from tune_service.errors import CommandError, StudyRunningError
 from tune_service.frames import encode
 from tune_service.remote import QUESTION, SETTLED_S, STUDY, RemoteStudies
 
@@ -105,3 +107,28 @@ def test_a_long_answer_is_fetched_once_and_then_only_what_is_new(monkeypatch: py
     # Once, and where another's line stands last.
     assert sum(size > 100_000 for size in log.fetched) == 2
     assert sum(size for size in log.fetched if size < 100_000) < 1_000
+
+
+def signs_of_life(first: int, count: int) -> list[str]:
+    return [encode("w", number, {"alive": True}) for number in range(first, first + count)]
+
+
+def test_a_head_that_shows_no_sign_of_life_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is frozen: its job still runs, as Ray sees it."""
+    monkeypatch.setattr("tune_service.remote.POLL_S", 0.01)
+    monkeypatch.setattr("tune_service.remote.QUIET_S", 0.3)
+    log = Log(encode("w", 1, {"version": __version__}), *[""] * 10_000)
+    began = time.monotonic()
+    with pytest.raises(CommandError) as refusal:
+        list(studies(log)._answers({"word": "w", "what": "status", "version": ""}, "question-1"))
+    assert refusal.value.problems[0].found == "job question-1 has shown no sign of life for 0 s"
+    assert time.monotonic() - began < 5
+
+
+def test_a_long_answer_is_waited_for_as_long_as_there_are_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_service.remote.POLL_S", 0.02)
+    monkeypatch.setattr("tune_service.remote.QUIET_S", 0.5)
+    log = Log(*signs_of_life(1, 40), encode("w", 41, {"n": 1}), encode("w", 42, {"end": True}))
+    began = time.monotonic()
+    (answer,) = studies(log)._answers({"word": "w", "what": "best", "version": ""}, "question-1")
+    assert answer["n"] == 1 and time.monotonic() - began > 0.5

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +24,7 @@ from trainables.errors import Problem, UserError
 from trainables.redaction import redacted
 from tune_service import __version__
 from tune_service.errors import CommandError, error_json, exit_code
-from tune_service.frames import encode
+from tune_service.frames import STARTS, encode
 from tune_service.home import StudyStorage
 from tune_service.status import StudyView
 from tune_service.storage import expanded
@@ -32,6 +34,7 @@ from tune_service.terminal import shown_stream
 from tune_service.views import ViewNews
 
 ANSWER_S = 60.0
+ALIVE_S = 20.0
 FETCH_S = 2 * 3600.0
 """How long an export waits to be fetched."""
 DEFAULT_STORAGE = "~/studies"
@@ -43,11 +46,30 @@ class Answer:
     def __init__(self, word: str, stream: TextIO) -> None:
         self._word, self._stream = word, stream
         self._sent = 0
+        self._turn = threading.Lock()
 
     def send(self, document: Mapping[str, Any]) -> None:
-        self._sent += 1
-        self._stream.write(encode(self._word, self._sent, document))
-        self._stream.flush()
+        with self._turn:
+            self._sent += 1
+            self._stream.write(encode(self._word, self._sent, document))
+            self._stream.flush()
+
+    @contextmanager
+    def signs_of_life(self) -> Iterator[None]:
+        """Sends one now and then, for whoever waits for a long answer."""
+        end = threading.Event()
+
+        def send() -> None:
+            while not end.wait(ALIVE_S):
+                self.send({"alive": True})
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
 
     def fail(self, error: BaseException) -> None:
         """Why there is no answer, as the command there would say it."""
@@ -62,7 +84,8 @@ def main() -> None:
         answer.send({"version": __version__})
         try:
             _same_version(request)
-            QUESTIONS[request["what"]](request, storage_of(request), answer)
+            with nullcontext() if request["what"] in STARTS else answer.signs_of_life():
+                QUESTIONS[request["what"]](request, storage_of(request), answer)
         except BaseException as error:
             answer.fail(error)
             if not isinstance(error, UserError | KeyboardInterrupt):
@@ -73,7 +96,7 @@ def main() -> None:
 
 def _same_version(request: Mapping[str, Any]) -> None:
     """Only for what starts a study: another version may read its spec otherwise. Answers are a contract."""
-    if request["what"] in ("run", "resume") and request["version"] != __version__:
+    if request["what"] in STARTS and request["version"] != __version__:
         found = f"{request['version']} on this machine, {__version__} on the cluster"
         raise CommandError(Problem("tune-service", "is the same here and on the cluster", found, "one version on both"))
 

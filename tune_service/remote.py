@@ -22,7 +22,7 @@ from trainables.log_names import trial_of
 from tune_service import __version__
 from tune_service.dashboard import Dashboard, DashboardError, Job
 from tune_service.errors import CommandError, RemoteError, StudyExistsError, StudyRunningError
-from tune_service.frames import decode, newest
+from tune_service.frames import STARTS, decode, newest
 from tune_service.handover import fetch
 from tune_service.out_folder import check_out
 from tune_service.status import BestTrial, Display, StudyStatus, StudyView
@@ -38,6 +38,8 @@ OTHER_LINES = (0, 100)
 """That something else may have printed in between."""
 SETTLED_S = 300.0
 """A question that ended so long ago is deleted. Whoever asked it may be without a connection for a time."""
+QUIET_S = 120.0
+"""A head that answers a question shows a sign of life more often than this."""
 QUEUE_S = 120.0
 """How long `submit` waits for the word that the study has begun. A busy head may take longer; the job stays."""
 
@@ -225,13 +227,18 @@ class RemoteStudies:
         """What the head answers, as it comes, until its end; with patience, no longer than that."""
         dashboard, word = self._dashboard, request["word"]
         began, number = time.monotonic(), 0
+        heard = began
         while True:
             asked = time.monotonic()
             # Before the log, which is whole then if the job has ended.
             found = dashboard.patiently(lambda: dashboard.job(job))
             log = dashboard.patiently(partial(self._news, found, word, number)) if found else ""
             documents, number = decode(word, log, number)
+            if documents or (found and found.status == "PENDING"):
+                heard = time.monotonic()
             for document in documents:
+                if "alive" in document:
+                    continue
                 if "version" in document:
                     self._compare(document["version"])
                 elif "failure" in document:
@@ -242,6 +249,8 @@ class RemoteStudies:
                     yield document | {"node_id": found and found.node_id}
             if found is None or found.has_ended:
                 raise self._silent(request["what"], _why(found, dashboard.log(job) if found else ""))
+            if request["what"] not in STARTS and time.monotonic() - heard > QUIET_S:
+                raise self._silent(request["what"], f"job {job} has shown no sign of life for {QUIET_S:.0f} s")
             if patience_s is not None and time.monotonic() - began > patience_s:
                 return
             took_s = time.monotonic() - asked

@@ -200,7 +200,7 @@ class Program:
         """What they are called."""
         return {process.info["name"] for process in psutil.process_iter(["name"]) if self._is_ours(process)}
 
-    def named(self, prefixes: tuple[str, ...]) -> list[psutil.Process]:
+    def named(self, prefixes: str | tuple[str, ...]) -> list[psutil.Process]:
         """Those whose name begins with one of these. One that ends meanwhile is no error."""
         found = psutil.process_iter(["name"])
         return [each for each in found if str(each.info["name"]).startswith(prefixes) and self._is_ours(each)]
@@ -229,7 +229,7 @@ class Program:
         """Processes and scratch files that are still there, as soon as there are none or after a few seconds."""
 
         def look() -> list[str]:
-            commands = [f"{each.pid} {each.info['name']}" for each in self.named(("",))]
+            commands = [f"{each.pid} {each.info['name']}" for each in self.named("")]
             return commands + [str(path) for path in self.scratch.glob("tune-*")]  # torch has a cache beside them
 
         end = time.monotonic() + 5

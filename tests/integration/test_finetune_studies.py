@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from program import ROOT, Program, wait_until
+from program import RANK, ROOT, Program, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -73,6 +73,7 @@ def two_ranks(program: Program, pairs: Path, tokenizer: Path) -> Any:
 def test_every_epoch_reports_the_metrics_of_the_contract(two_ranks: Any) -> None:
     assert two_ranks["state"] == "completed"
     assert two_ranks["objective"] == {"metric": "eval_accuracy", "mode": "max"}
+    assert len(two_ranks["trials"]) == 3 and all(trial["reports"] for trial in two_ranks["trials"])
     for trial in two_ranks["trials"]:
         assert list(trial["params"]) == ["learning_rate", "batch_size"]
         for report in trial["reports"]:
@@ -145,7 +146,7 @@ def test_a_rank_that_is_frozen_in_a_collective_costs_one_epoch(program: Program,
     command = program.start("run", frozen, "--json")
     first = program.storage / "frozen" / "checkpoints" / "trial-00000" / "epoch-0001"
     wait_until(first.exists, 120, "the first checkpoint")
-    rank = program.named("ray::RankActor")[0]
+    rank = program.named(RANK)[0]
     rank.send_signal(signal.SIGSTOP)
     found = command.wait(timeout_s=200)
     assert found.code == 0, found.err

@@ -31,6 +31,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EPOCHS = 4
 STEP_TIMEOUT_S = 3
 KILL, FREEZE = signal.SIGKILL, signal.SIGSTOP
+TOLD = {
+    ("rank", KILL): "rank 0 died",
+    ("rank", FREEZE): f"rank 0 gave no report in {STEP_TIMEOUT_S} s",
+    ("supervisor", KILL): "the trial's supervisor was lost",
+    ("supervisor", FREEZE): "the trial's supervisor was lost",
+}
+"""What a study says of a hit."""
 MOMENTS = ("before the first report", "inside an epoch", "writing a checkpoint", "being stopped", "between trials")
 
 
@@ -180,6 +187,9 @@ def test_a_hit_rank_or_supervisor_costs_its_trial_one_epoch_at_most(program: Pro
     found = command.wait(timeout_s=300)
     assert found.code == 0, found.out + found.err
     matrix.check_end(found.json)
+    for cell in plan:
+        if cell.fault is not None:  # it trained, or waited to be hit
+            assert f"trial {cell.x}: {TOLD[cell.target, cell.way]}" in found.err, cell
 
 
 def test_a_warm_group_that_is_hit_between_trials_costs_the_next_trial_nothing_but_time(program: Program) -> None:

@@ -100,8 +100,7 @@ def test_a_killed_driver_leaves_a_study_that_goes_on(program: Program, record: d
 def test_a_frozen_driver_that_wakes_up_writes_nothing_more(program: Program, record: dict[str, Any]) -> None:
     command = start_held(program, "frozen", x=1, epoch=3, changes=record)
     command.send(signal.SIGSTOP)
-    time.sleep(SILENT_S + 2)
-    assert program.json("status", "frozen")["state"] == "interrupted"
+    wait_until(lambda: program.json("status", "frozen")["state"] == "interrupted", SILENT_S + 15, "silence")
     resumed = program.start("resume", "frozen", "--json")
     status = resumed.wait().json
     command.send(signal.SIGCONT)
