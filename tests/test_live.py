@@ -340,7 +340,16 @@ def pseudo_terminal() -> tuple[int, int]:
     return ours, its
 
 
-@pytest.mark.parametrize("way", [os.pipe, pseudo_terminal], ids=["pipe", "terminal"])
+def impatient_pipe() -> tuple[int, int]:
+    """As some programs make the pipes that they read others by."""
+    ours, its = os.pipe()
+    os.set_blocking(its, False)
+    return ours, its
+
+
+@pytest.mark.parametrize(
+    "way", [os.pipe, impatient_pipe, pseudo_terminal], ids=["pipe", "pipe that does not block", "terminal"]
+)
 def test_a_reader_that_stops_in_the_midst_holds_up_nobody_and_gets_all_when_it_goes_on(
     way: Callable[[], tuple[int, int]],
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import locale
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,11 +70,13 @@ class PatientStream(io.TextIOBase):
                     os.close(self._descriptor)
                     return
                 text = self._untaken[0]
+            taken, is_gone = 0, False
             try:
                 taken = os.write(self._descriptor, text)
-                is_gone = False
+            except BlockingIOError:  # another program that has it too made it so
+                select.select([], [self._descriptor], [])
             except OSError:
-                taken, is_gone = 0, True
+                is_gone = True
             with self._changed:
                 self._reader_is_gone |= is_gone
                 self._untaken[:1] = [text[taken:]] if taken < len(text) else []

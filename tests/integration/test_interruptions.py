@@ -12,7 +12,7 @@ import pytest
 from program import Command, Program, scores, wait_until
 from toys import curve, read_notes
 
-from tune_service.local_ray import _adopt_orphans
+from tune_service.prctl import adopt_orphans
 
 
 def held(x: float, epoch: int) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def test_a_killed_driver_takes_its_ray_along_and_the_study_goes_on(program: Prog
 
     This process takes orphans in, as a user's session or a container's init does: Ray's own would then go on.
     """
-    _adopt_orphans()
+    adopt_orphans()
     command = start_held(program, "killed", x=1, epoch=3)
     command.send(signal.SIGKILL)
     assert command.wait().code == -signal.SIGKILL
