@@ -70,17 +70,6 @@ def test_the_checkpoint_of_a_report_that_diverged_takes_the_place_of_no_better_o
     assert 1 in study.folder.checkpoints.epochs(number)
 
 
-def test_a_given_value_that_the_first_trial_cannot_have_is_told(tmp_path: Path) -> None:
-    space = {"x": {"uniform": [0.0, 1.0]}, "y": {"uniform": [0.0, 1.0]}}
-    study = HandDriven(tmp_path, search_space=space, training={"max_epochs": 2, "x": 5.0, "y": 0.5})
-    assert study.told == ["trial 0 does not start at training.x 5.0: that lies outside its domain"]
-    number = study.begin()
-    assert 0.0 <= study.trial(number).params["x"] <= 1.0 and study.trial(number).params["y"] == 0.5
-    study.told.clear()
-    study.resume()
-    assert not [line for line in study.told if "does not start" in line]
-
-
 def test_trials_that_diverged_let_no_others_pass_a_rung(tmp_path: Path) -> None:
     """They came there without a value. The best third, rounded up, of four would be two."""
     study = HandDriven(tmp_path, scheduler=ASHA)

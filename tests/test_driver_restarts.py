@@ -161,19 +161,29 @@ def test_a_supervisor_whose_process_starts_has_the_start_s_time_and_a_warm_one_t
 def test_a_supervisor_that_is_handed_its_trial_is_overdue_however_often_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tuner says so at every step while Tune's trial is pending."""
+    """The tuner says so at every step while Tune's trial is pending, and may find a warm one for it meanwhile."""
     clock = Clock(monkeypatch)
     study = HandDriven(tmp_path, faults={"start_timeout_s": 100.0})
-    asked, running = study.driver.ask(), study.begin()
-    assert asked is not None
+    cold, moved = study.driver.ask(), study.driver.ask()
+    assert cold is not None and moved is not None
 
     def say() -> None:
-        study.driver.handed_over(asked.number, is_warm=False)
-        study.driver.handed_over(running, is_warm=True)
+        study.driver.handed_over(cold.number, is_warm=False)
+        study.driver.handed_over(moved.number, is_warm=clock.now >= 50)
 
     poll = study.driver.poll
     monkeypatch.setattr(study.driver, "poll", lambda: (say(), poll())[1])
-    assert overdue_after(study, clock, 140) == {asked.number: 132.0, running: 131.0}, "a start is no shorter for that"
+    assert overdue_after(study, clock, 140) == {moved.number: 81.0, cold.number: 132.0}
+
+
+def test_a_supervisor_that_has_taken_its_trial_may_start_ranks_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm ones, which do not answer, and others in their place."""
+    clock = Clock(monkeypatch)
+    study = HandDriven(tmp_path, faults={"start_timeout_s": 100.0})
+    number = study.begin()
+    assert overdue_after(study, clock, 240) == {number: 231.0}
 
 
 def test_supervisors_are_not_overdue_for_a_time_in_which_their_driver_stood_still(

@@ -88,8 +88,14 @@ def test_whoever_waits_for_a_long_answer_gets_signs_of_life_between_its_document
         for number in range(3):
             time.sleep(0.2)
             answer.send({"n": number})
-    time.sleep(0.2)
     documents, last = decode("w", stream.getvalue())
+    time.sleep(0.3)
+    assert decode("w", stream.getvalue()) == (documents, last), "none after its end"
+    assert documents[0] == {"alive": True}, "one at once"
     assert [each["n"] for each in documents if "n" in each] == [0, 1, 2]
-    assert documents[-1] == {"n": 2}, "none after its end"
     assert last == len(documents) >= 6
+
+
+def test_signs_of_life_are_for_those_alone_who_ask_for_them(tmp_path: Path) -> None:
+    assert {"alive": True} not in asked(tmp_path, "list")[1]
+    assert {"alive": True} in asked(tmp_path, "list", signs=True)[1]

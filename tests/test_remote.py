@@ -117,7 +117,7 @@ def test_a_head_that_shows_no_sign_of_life_is_not_waited_for(monkeypatch: pytest
     """It is frozen: its job still runs, as Ray sees it."""
     monkeypatch.setattr("tune_service.remote.POLL_S", 0.01)
     monkeypatch.setattr("tune_service.remote.QUIET_S", 0.3)
-    log = Log(encode("w", 1, {"version": __version__}), *[""] * 10_000)
+    log = Log(*signs_of_life(1, 1), *[""] * 10_000)
     began = time.monotonic()
     with pytest.raises(CommandError) as refusal:
         list(studies(log)._answers({"word": "w", "what": "status", "version": ""}, "question-1"))
@@ -132,3 +132,26 @@ def test_a_long_answer_is_waited_for_as_long_as_there_are_signs_of_life(monkeypa
     began = time.monotonic()
     (answer,) = studies(log)._answers({"word": "w", "what": "best", "version": ""}, "question-1")
     assert answer["n"] == 1 and time.monotonic() - began > 0.5
+
+
+def test_a_head_is_not_silent_for_the_time_that_somebody_takes_to_read_its_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tune_service.remote.POLL_S", 0.0)
+    monkeypatch.setattr("tune_service.remote.QUIET_S", 0.2)
+    log = Log(
+        *signs_of_life(1, 1), encode("w", 2, {"n": 1}), "", encode("w", 3, {"n": 2}), encode("w", 4, {"end": True})
+    )
+    for answer in studies(log)._answers({"word": "w", "what": "logs", "version": ""}, "question-1"):
+        time.sleep(0.4)
+    assert answer["n"] == 2
+
+
+def test_a_head_of_an_older_version_shows_no_signs_of_life_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_service.remote.POLL_S", 0.01)
+    monkeypatch.setattr("tune_service.remote.QUIET_S", 0.1)
+    log = Log(
+        encode("w", 1, {"version": __version__}), *[""] * 20, encode("w", 2, {"n": 1}), encode("w", 3, {"end": True})
+    )
+    (answer,) = studies(log)._answers({"word": "w", "what": "stop", "version": ""}, "question-1")
+    assert answer["n"] == 1

@@ -357,6 +357,23 @@ def test_a_broken_value_brings_no_faults_of_checks_that_rely_on_it() -> None:
     assert problem.place == "training.batch_size"
 
 
+def test_of_the_given_values_those_that_the_first_trial_cannot_have_are_known() -> None:
+    space = {
+        "learning_rate": {"log_uniform": [1e-5, 1e-4]},
+        "weight_decay": {"uniform": [0.5, 0.6]},
+        "model.config.n_layer": {"choice": [2, 4]},
+    }
+    spec = parse_spec(
+        FINETUNE
+        | {"training": {"learning_rate": 5e-4}, "search_space": space}
+        | {"model": {"name": "gpt2", "config": {"n_layer": 3}}}
+    )
+    assert spec.outside_space() == {"learning_rate": 5e-4, "model.config.n_layer": 3}, "and no default"
+    assert spec.first_params() == {}
+    own = parse_spec(OWN | {"training": {"x": 7.0, "depth": 2}, "search_space": {"x": {"uniform": [0, 1]}}})
+    assert own.outside_space() == {"x": 7.0}
+
+
 def test_a_field_that_is_named_with_its_section_is_told_its_own_name_alone() -> None:
     (problem,) = problems(merged(FINETUNE, {"search_space": {"training.max_length": {"choice": [64]}}}))
     assert (problem.found, problem.expected) == ('"training.max_length"', "max_length")

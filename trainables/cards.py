@@ -18,12 +18,12 @@ def take_card(cards: Sequence[str], folder: Path) -> str:
     A lock file stands for each place on each GPU, for a lock ends with its process, however that ends.
     """
     with _turn(folder):
-        places = [_places(folder, number) for number in range(len(cards))]
-        number = min(range(len(cards)), key=lambda number: places[number].count(False))
-        free = places[number].index(True) if True in places[number] else len(places[number])
-        while not _takes(folder / f"gpu-{number}-{free}"):  # only where a frozen process has the turn
-            free += 1
-    return cards[number]
+        while True:
+            places = [_places(folder, number) for number in range(len(cards))]
+            number = min(range(len(cards)), key=lambda number: places[number].count(False))
+            free = places[number].index(True) if True in places[number] else len(places[number])
+            if _takes(folder / f"gpu-{number}-{free}"):
+                return cards[number]
 
 
 def _takes(path: Path) -> bool:
@@ -48,7 +48,8 @@ def is_crowded(own: str, cards: Sequence[str], folder: Path) -> bool:
 def _turn(folder: Path) -> Iterator[None]:
     """One process at a time looks at the places, for a look takes them for a moment.
 
-    Whoever is longer at it is frozen, and is not waited for: a look beside it may count a place too much.
+    Whoever is longer at it is frozen, most likely, and is not waited for: a look beside another may count a place too
+    much.
     """
     with (folder / "gpus").open("w") as turn:
         end = time.monotonic() + TURN_S

@@ -39,6 +39,8 @@ from trainables.report import Context, Report, Trainable
 LISTENER = "TUNE_SERVICE_LISTENER"
 """The variable with the number of the socket that rank 0 holds, so that nobody takes the port of the rendezvous in the
 seconds until it is used."""
+FIRST_DEADLINE_S = 15 * 60.0
+"""How long the first report of a cold group, which may download a model and data, and its first checkpoint may take."""
 LARGE_BYTES = 50_000_000
 """A checkpoint that has less is written after every epoch, whole, and nothing else happens meanwhile: where that takes
 long the disk is busy.

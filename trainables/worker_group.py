@@ -27,7 +27,7 @@ from trainables.far_ranks import FarRanks, add_to_log
 from trainables.memory import num_oom_kills, tells_of_memory
 from trainables.rank_actor import RankActor
 from trainables.redaction import redacted
-from trainables.worker import RankReport, RankWorker, Task, log_tail, storage_is_away
+from trainables.worker import FIRST_DEADLINE_S, RankReport, RankWorker, Task, log_tail, storage_is_away
 
 STEP_DEADLINE_MIN_S = 60.0
 STEP_DEADLINE_FACTOR = 5.0
@@ -42,8 +42,7 @@ class StepDeadline:
     fixed_s: float | None
     """`faults.step_timeout_s` of the spec; None: from the slowest epoch so far."""
     start_s: float
-    """`faults.start_timeout_s`: how long its ranks may take to get ready, which is process start and imports. The first
-    report of a cold group, which may download a model and data, has as long again where `fixed_s` is None."""
+    """`faults.start_timeout_s`: how long its ranks may take to get ready, which is process start and imports."""
     slowest_s: float | None = None
     """The slowest epoch that this group has run; None: none yet."""
     slowest_save_s: float | None = None
@@ -54,7 +53,7 @@ class StepDeadline:
         if self.fixed_s is not None:
             return self.fixed_s
         if self.slowest_s is None:
-            return self.start_s
+            return max(FIRST_DEADLINE_S, self.start_s)
         return max(STEP_DEADLINE_MIN_S, STEP_DEADLINE_FACTOR * self.slowest_s)
 
     @property
@@ -63,7 +62,7 @@ class StepDeadline:
         if self.fixed_s is not None:
             return self.fixed_s
         if self.slowest_save_s is None:
-            return self.start_s
+            return max(FIRST_DEADLINE_S, self.start_s)
         return max(STEP_DEADLINE_MIN_S, STEP_DEADLINE_FACTOR * self.slowest_save_s)
 
     def saw(self, epoch_s: float) -> None:
@@ -184,8 +183,9 @@ class RayWorkerGroup(WorkerGroup):
     def begin(self, task: Task) -> None:
         self._task = task
         self._on_their_way = None
-        # A warm group has nothing to start and to import.
-        deadline_s = self._deadline.seconds if self._started else self._deadline.start_s
+        deadline_s = self._deadline.start_s
+        if self._started:  # a warm group has nothing to start and to import
+            deadline_s = min(deadline_s, self._deadline.seconds)
         end = time.monotonic() + deadline_s
         try:
             self._far.meet(task, deadline_s)
@@ -193,10 +193,10 @@ class RayWorkerGroup(WorkerGroup):
             raise RankNotStartedError(str(error)) from None
         if not self._started:
             host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0])[0]
-            nodes = self._ask(lambda rank: rank.rendezvous_at.remote(host, port), end - time.monotonic())
+            nodes = self._ask(lambda rank: rank.rendezvous_at.remote(host, port), deadline_s, until=end)
             here = ray.get_runtime_context().get_node_id()
             self._elsewhere = {rank for rank, node in enumerate(nodes) if node != here}
-        self._ask(lambda rank: rank.begin.remote(task), end - time.monotonic())
+        self._ask(lambda rank: rank.begin.remote(task), deadline_s, until=end)
         self._started = True
 
     def go_on(self) -> None:
@@ -237,20 +237,27 @@ class RayWorkerGroup(WorkerGroup):
         self._ranks = []
 
     def _ask(
-        self, call: Callable[[Any], Any], deadline_s: float, only: Sequence[int] | None = None, what: str = "answer"
+        self,
+        call: Callable[[Any], Any],
+        deadline_s: float,
+        only: Sequence[int] | None = None,
+        what: str = "answer",
+        until: float | None = None,
     ) -> list[Any]:
         """The answers of all ranks, asked together: one left behind would wait in its next all-reduce.
 
-        TrialError as soon as one rank fails, whatever the others do. `what` they are to give, in a word.
+        TrialError as soon as one rank fails, whatever the others do. `what` they are to give, in a word. `until`: the
+        end of a deadline that began before.
         """
-        return self._answers(self._asked(call, range(len(self._ranks)) if only is None else only), deadline_s, what)
+        asked = self._asked(call, range(len(self._ranks)) if only is None else only)
+        return self._answers(asked, deadline_s, what, until)
 
     def _asked(self, call: Callable[[Any], Any], ranks: Sequence[int]) -> _Asked:
         self._num_oom_kills = num_oom_kills()  # what was killed before is none of these
         return _Asked(time.monotonic(), {call(self._ranks[rank]): rank for rank in ranks})
 
-    def _answers(self, asked: _Asked, deadline_s: float, what: str) -> list[Any]:
-        rank_of, end = asked.rank_of, asked.at + deadline_s
+    def _answers(self, asked: _Asked, deadline_s: float, what: str, until: float | None = None) -> list[Any]:
+        rank_of, end = asked.rank_of, asked.at + deadline_s if until is None else until
         answers: dict[int, Any] = {}
         pending = list(rank_of)
         while pending:

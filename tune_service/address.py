@@ -193,8 +193,12 @@ def _tunnel(head: Head, address: str) -> Iterator[int]:
                 time.sleep(0.05)
             yield port
         finally:
-            process.kill()  # frozen or not
-            process.communicate()
+            process.terminate()  # it ends what it started for a proxy
+            try:
+                process.communicate(timeout=2)
+            except subprocess.TimeoutExpired:  # it is frozen
+                process.kill()
+                process.communicate()
 
 
 def _ssh(head: Head, port: int) -> list[str]:

@@ -94,6 +94,8 @@ def run(
     place = _storage(storage)
     loaded = _load(spec, overrides, name, place)
     with display_of(as_json) as display:
+        for key, value in loaded.outside_space().items():
+            display.tell(f"trial 0 does not start at {key} {value}: that lies outside its domain")
         status = run_study(loaded, place, display)
     _print_end(status, as_json)
 

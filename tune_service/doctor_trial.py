@@ -9,7 +9,7 @@ from typing import Any
 
 from trainables.errors import OutOfMemoryError, TrialError
 from trainables.far import own_files
-from trainables.worker import Task
+from trainables.worker import FIRST_DEADLINE_S, Task
 from tune_service import diagnosis
 from tune_service.check import Check
 from tune_service.cluster_room import ClusterRoom
@@ -39,7 +39,7 @@ def try_trial(
     resources = spec.resources
     scratch = own_files.emptied("check")
     shape = (resources.workers, resources.cpus_per_worker, resources.gpu_share)
-    deadline = StepDeadline(spec.faults.start_timeout_s, spec.faults.start_timeout_s)
+    deadline = StepDeadline(FIRST_DEADLINE_S, spec.faults.start_timeout_s)
     ranks = RayWorkerGroup(f"{spec.name} check", *shape, group, deadline)
     name = TRIED[0]
     try:

@@ -49,8 +49,6 @@ class Driver:
         )
         if self._asha is not None:
             self._asha.refill(trials)
-        for name, value in spec.outside_space().items() if not trials else ():
-            tell(f"trial 0 does not start at training.{name} {value}: that lies outside its domain")
         self._due: dict[int, float] = {}
         self._failures = Failures(spec.faults)
         self._values: dict[int, float] = {}
@@ -120,7 +118,8 @@ class Driver:
         """A supervisor has taken the trial, for the first time or again."""
         self._begun.add(number)
         self._record.start(number)
-        self._due[number] = time.monotonic() + self._spec.faults.start_timeout_s + OVERDUE_MARGIN_S
+        # Twice: a supervisor whose warm ranks do not answer starts others.
+        self._due[number] = time.monotonic() + 2 * self._spec.faults.start_timeout_s + OVERDUE_MARGIN_S
 
     def result(self, result: Mapping[str, Any]) -> bool:
         """Applies one result of a supervisor. Whether the trial goes on."""
@@ -149,7 +148,8 @@ class Driver:
     def handed_over(self, number: int, is_warm: bool) -> None:
         """A supervisor is to take the trial: one that is warm, which costs it no time, or one whose process starts."""
         start_s = 0.0 if is_warm else self._spec.faults.start_timeout_s
-        self._due.setdefault(number, time.monotonic() + start_s + OVERDUE_MARGIN_S)
+        due = time.monotonic() + start_s + OVERDUE_MARGIN_S
+        self._due[number] = min(due, self._due.get(number, due))  # it is said again and again
 
     def supervisor_lost(self, number: int, why: str) -> None:
         """The supervisor's process is gone, and with it Tune's trial. Ours is next in line, for another supervisor."""

@@ -70,6 +70,10 @@ class RemoteError(UserError):
         self.document, self.code = dict(document), code
 
 
+class RecordHeldError(StorageError):
+    """A process that was stopped has the record's lock, and nobody else can write."""
+
+
 class LeaseLostError(CommandError):
     """Another process drives the study now: this one may write nothing more."""
 

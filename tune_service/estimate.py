@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainables.worker import KEPT_FREE, LARGE_BYTES
+from trainables.worker import FIRST_DEADLINE_S, KEPT_FREE, LARGE_BYTES
 from tune_service.check import Check
 from tune_service.kept import BYTES_PER_PARAMETER
 from tune_service.scheduler import Asha
@@ -100,7 +100,7 @@ def _epochs(scheduler: Asha, number: int, value: float, max_epochs: int) -> int:
 
 def too_long(spec: StudySpec, found: Estimate) -> Check | None:
     """A trial whose epoch, or checkpoint, takes longer than a silent rank is waited for is ended again and again."""
-    deadline_s = spec.faults.step_timeout_s or spec.faults.start_timeout_s
+    deadline_s = spec.faults.step_timeout_s or max(FIRST_DEADLINE_S, spec.faults.start_timeout_s)
     if found.silent_s <= deadline_s:
         return None
     told = (

@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-STARTS = ("run", "resume")
-"""What a head is asked that is no question: the job is the study's own, and shows no signs of life."""
-
 
 def encode(word: str, number: int, document: Any) -> str:
     """Lines for the log; the break before them ends whatever a library left unfinished. Numbers count from 1."""

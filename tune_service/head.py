@@ -24,7 +24,7 @@ from trainables.errors import Problem, UserError
 from trainables.redaction import redacted
 from tune_service import __version__
 from tune_service.errors import CommandError, error_json, exit_code
-from tune_service.frames import STARTS, encode
+from tune_service.frames import encode
 from tune_service.home import StudyStorage
 from tune_service.status import StudyView
 from tune_service.storage import expanded
@@ -56,10 +56,11 @@ class Answer:
 
     @contextmanager
     def signs_of_life(self) -> Iterator[None]:
-        """Sends one now and then, for whoever waits for a long answer."""
+        """Sends one at once, and then now and then, for whoever waits for a long answer and has asked for them."""
         end = threading.Event()
 
         def send() -> None:
+            self.send({"alive": True})
             while not end.wait(ALIVE_S):
                 self.send({"alive": True})
 
@@ -84,7 +85,7 @@ def main() -> None:
         answer.send({"version": __version__})
         try:
             _same_version(request)
-            with nullcontext() if request["what"] in STARTS else answer.signs_of_life():
+            with answer.signs_of_life() if request.get("signs") else nullcontext():
                 QUESTIONS[request["what"]](request, storage_of(request), answer)
         except BaseException as error:
             answer.fail(error)
@@ -96,7 +97,7 @@ def main() -> None:
 
 def _same_version(request: Mapping[str, Any]) -> None:
     """Only for what starts a study: another version may read its spec otherwise. Answers are a contract."""
-    if request["what"] in STARTS and request["version"] != __version__:
+    if request["what"] in ("run", "resume") and request["version"] != __version__:
         found = f"{request['version']} on this machine, {__version__} on the cluster"
         raise CommandError(Problem("tune-service", "is the same here and on the cluster", found, "one version on both"))
 

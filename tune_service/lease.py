@@ -21,7 +21,7 @@ from pathlib import Path
 
 from trainables.errors import Problem
 from trainables.stores import lease_holds
-from tune_service.errors import LeaseLostError, StorageError, StudyRunningError
+from tune_service.errors import LeaseLostError, RecordHeldError, StorageError, StudyRunningError
 
 LOOK_PATIENCE_S = 1.0
 """`status` holds a driver's lock for a moment, to look."""
@@ -199,8 +199,8 @@ def locked(path: Path) -> Iterator[None]:
             who = _holder(descriptor)
             held = f"{who or 'a process'} has held {path} for {WRITE_PATIENCE_S:.0f} s"
             found = f"{held}: it was stopped in the midst of a write"
-            expected = f"`kill -CONT`, or `kill -9`, of {who or 'the process on another machine that has it'}"
-            raise StorageError(Problem(path.parent.name, "its record has one writer at a time", found, expected))
+            expected = f"`kill -CONT`, or `kill -9`, of {who or 'it; it may be on another machine, or in a container'}"
+            raise RecordHeldError(Problem(path.parent.name, "its record has one writer at a time", found, expected))
         yield
     finally:
         os.close(descriptor)

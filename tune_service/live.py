@@ -75,11 +75,13 @@ class StudyDisplay:
 
     def abort(self, error: BaseException) -> None:
         """Ends this process, from any of its threads: its main one hangs where no exception reaches it."""
-        if self._live is not None:
-            with _reader_may_be_gone():
-                self._live.stop()
-        self._last_words(error)
-        os._exit(exit_code(error))
+        try:
+            if self._live is not None:
+                with _reader_may_be_gone():
+                    self._live.stop()
+            self._last_words(error)
+        finally:
+            os._exit(exit_code(error))
 
     def show(self, view: StudyView) -> None:
         now = time.monotonic()
@@ -89,7 +91,7 @@ class StudyDisplay:
                 self._show(view)
 
     def _show(self, view: StudyView) -> None:
-        if not _takes_more(self._console.file):
+        if _is_behind(self._console.file):
             return  # a terminal that stands still (Ctrl-S, a laptop asleep) is shown the latest when it goes on
         seen = self._study
         changed = seen.look(view)
@@ -184,9 +186,9 @@ def _stamped(line: str, style: str = "") -> Text:
     return Text(f"{datetime.now(UTC):%H:%M:%S} {line}", style=style)
 
 
-def _takes_more(stream: IO[str]) -> bool:
-    """Whether whoever reads there has read what was shown."""
-    return not isinstance(stream, PatientStream) or stream.is_idle
+def _is_behind(stream: IO[str]) -> bool:
+    """Whether a reader has not taken all yet that was shown."""
+    return isinstance(stream, PatientStream) and not stream.is_idle
 
 
 def _live(console: Console) -> Live:

@@ -95,7 +95,8 @@ def scratch_folder() -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 _remove(scratch)
             os.close(descriptor)
-            guard = _guards.pop(scratch)
+            with _guards_turn:
+                guard = _guards.pop(scratch)
             guard.kill()
             guard.communicate()
 
@@ -164,10 +165,12 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
         with undisturbed():
             processes = _children() - others
             patience_s = END_S if ray.is_initialized() else 0.0  # what was just starting nobody tells to end
-            with _no_longer_than(SHUTDOWN_S, lambda: _end_all(lambda: _children() - others)):
-                ray.shutdown()
-            psutil.wait_procs(processes, timeout=patience_s)
-            _end_all(lambda: _children() - others)
+            try:
+                with _no_longer_than(SHUTDOWN_S, lambda: _end_all(lambda: _children() - others)):
+                    ray.shutdown()
+            finally:
+                psutil.wait_procs(processes, timeout=patience_s)
+                _end_all(lambda: _children() - others)
 
 
 @contextmanager
@@ -297,22 +300,25 @@ def _state(process: psutil.Process) -> str:
 
 _guards: dict[Path, subprocess.Popen[bytes]] = {}
 """Each scratch folder of this process and its guard."""
+_guards_turn = threading.Lock()
 
 
 def _tend_guards() -> None:
     """One that has ended has a successor, one that was frozen goes on: behind whom else would clear up?"""
-    for scratch, guard in list(_guards.items()):
-        with contextlib.suppress(OSError, psutil.Error):
-            if guard.poll() is not None:
-                _guards[scratch] = _guard(scratch)
-            elif psutil.Process(guard.pid).status() == psutil.STATUS_STOPPED:
-                guard.send_signal(SIGCONT)
+    with _guards_turn:
+        for scratch, guard in list(_guards.items()):
+            with contextlib.suppress(OSError, psutil.Error):
+                if guard.poll() is not None:
+                    _guards[scratch] = _guard(scratch)
+                elif psutil.Process(guard.pid).status() == psutil.STATUS_STOPPED:
+                    guard.send_signal(SIGCONT)
 
 
 def _children() -> set[psutil.Process]:
     """All that this process has started, and what they have, but for its guards: those end after it."""
-    guards = {guard.pid for guard in _guards.values()}
-    return {each for each in psutil.Process().children(recursive=True) if each.pid not in guards}
+    with _guards_turn:
+        guards = {guard.pid for guard in _guards.values()}
+        return {each for each in psutil.Process().children(recursive=True) if each.pid not in guards}
 
 
 def end_children() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import select
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trainables.errors import Problem, UserError
@@ -84,15 +85,16 @@ def _console() -> Console:
 def display(as_json: bool) -> Iterator[StudyDisplay]:
     """A display on standard output; with --json, which has that for its document, on standard error."""
     from tune_service.live import StudyDisplay, console
-    from tune_service.terminal import patient_stream
+    from tune_service.terminal import LAST_WORDS_S, patient_stream
 
     with patient_stream(1) as out, patient_stream(2) as err:
 
         def last_words(error: BaseException) -> None:
-            with suppress(OSError):  # nobody reads them
-                print_failure(error, as_json, out, err)
-            out.drain()
-            err.drain()
+            end = time.monotonic() + LAST_WORDS_S
+            out.drain(LAST_WORDS_S)  # the end of a live table takes lines away, on the same terminal perhaps
+            print_failure(error, as_json, out, err)
+            for stream in (err, out):
+                stream.drain(end - time.monotonic())
 
         with StudyDisplay(console(err if as_json else out), last_words) as display:
             yield display

@@ -22,7 +22,7 @@ from trainables.log_names import trial_of
 from tune_service import __version__
 from tune_service.dashboard import Dashboard, DashboardError, Job
 from tune_service.errors import CommandError, RemoteError, StudyExistsError, StudyRunningError
-from tune_service.frames import STARTS, decode, newest
+from tune_service.frames import decode, newest
 from tune_service.handover import fetch
 from tune_service.out_folder import check_out
 from tune_service.status import BestTrial, Display, StudyStatus, StudyView
@@ -204,7 +204,7 @@ class RemoteStudies:
 
     def _ask(self, what: str, package: str | None = None, **arguments: Any) -> Generator[Any, None, None]:
         """The documents that answer a question. Raises what the head says is wrong."""
-        request = self._request(what, **arguments)
+        request = self._request(what, **arguments, signs=True)
         job = f"{QUESTION}-{what}-{request['word']}"
         title = f"{what} {arguments.get('study', '')}".strip()
         metadata = {QUESTION: title, "job_name": title}
@@ -227,19 +227,19 @@ class RemoteStudies:
         """What the head answers, as it comes, until its end; with patience, no longer than that."""
         dashboard, word = self._dashboard, request["word"]
         began, number = time.monotonic(), 0
-        heard = began
+        heard: float | None = None
+        """When the head last showed that it lives; one of an older version does not."""
         while True:
             asked = time.monotonic()
             # Before the log, which is whole then if the job has ended.
             found = dashboard.patiently(lambda: dashboard.job(job))
             log = dashboard.patiently(partial(self._news, found, word, number)) if found else ""
+            took_s = time.monotonic() - asked
             documents, number = decode(word, log, number)
-            if documents or (found and found.status == "PENDING"):
-                heard = time.monotonic()
             for document in documents:
                 if "alive" in document:
-                    continue
-                if "version" in document:
+                    heard = time.monotonic()
+                elif "version" in document:
                     self._compare(document["version"])
                 elif "failure" in document:
                     raise RemoteError(document["failure"], document["code"])
@@ -249,11 +249,12 @@ class RemoteStudies:
                     yield document | {"node_id": found and found.node_id}
             if found is None or found.has_ended:
                 raise self._silent(request["what"], _why(found, dashboard.log(job) if found else ""))
-            if request["what"] not in STARTS and time.monotonic() - heard > QUIET_S:
+            if documents and heard is not None:
+                heard = time.monotonic()  # whoever was given them may have taken long over them
+            if heard is not None and time.monotonic() - heard > QUIET_S:
                 raise self._silent(request["what"], f"job {job} has shown no sign of life for {QUIET_S:.0f} s")
             if patience_s is not None and time.monotonic() - began > patience_s:
                 return
-            took_s = time.monotonic() - asked
             time.sleep(max(POLL_S, 2 * took_s))  # a long log is not fetched all the time
 
     def _news(self, job: Job, word: str, number: int) -> str:

@@ -104,10 +104,9 @@ class FaultSpec(Settings):
     """So often a trial is started again for a fault of its own, before it counts as failed."""
     step_timeout_s: PositiveFloat | None = None
     """Longest wait for one epoch's report, or one checkpoint. null: 5 times the slowest so far, at least 60 s; for the
-    first one `start_timeout_s`."""
+    first one 15 min, or `start_timeout_s` where that is longer."""
     start_timeout_s: PositiveFloat = 15 * 60.0
-    """Longest wait for the processes of a trial: from their start until they have imported what they need, and longer
-    by the load of model and data where `step_timeout_s` is null."""
+    """Longest wait for the processes of a trial, from their start until they have imported what they need."""
     same_error_limit: PositiveInt = 3
     """So many trials that fail alike end the study."""
     on_oom: Literal["fail", "shrink"] = "fail"
@@ -186,10 +185,14 @@ class StudySpec:
         return params
 
     def outside_space(self) -> dict[str, Value]:
-        """The values that `training` gives and the first trial cannot have: they lie outside their domains."""
-        given = self.training.model_fields_set if isinstance(self.training, TrainingConfig) else set(self.training)
-        own, space = self.training_values, self.domains
-        return {name: own[name] for name in space if name in given and not space[name].contains(own[name])}
+        """The given values that the first trial cannot have: they lie outside their domains. Of a spec as its file says
+        it: one that was stored gives the defaults too."""
+        own, space = dict(self.training_values), self.domains
+        if isinstance(self.training, TrainingConfig):
+            own = {name: value for name, value in own.items() if name in self.training.model_fields_set}
+        if self.model is not None:
+            own |= {MODEL_PREFIX + name: value for name, value in self.model.config.items()}
+        return {name: own[name] for name in space if name in own and not space[name].contains(own[name])}
 
     def largest_params(self) -> dict[str, Value]:
         """Those of the first trial, with the largest batches and lengths of the search space."""

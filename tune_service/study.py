@@ -19,6 +19,7 @@ from tune_service.errors import (
     CommandError,
     InterruptedCommandError,
     LeaseLostError,
+    RecordHeldError,
     RecordUnavailableError,
     StorageError,
     StudyHaltedError,
@@ -168,28 +169,28 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
     except BaseException as error:
         with suppress(BucketError):  # a store that is away says nothing of other drivers
             lease.check()
-        away = _record_away(error)
-        if away is not None:
-            raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
         if isinstance(error, KeyboardInterrupt):
             reason = "interrupted by the user"
             goes_on = f"`tune-service resume {spec.name}` goes on"
             raise InterruptedCommandError(goes_on, str(error) or "Ctrl-C") from error
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
         reason = f"interrupted: {what}"
+        away = _record_away(error)
+        if away is not None:
+            raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
         if isinstance(error, StorageUnavailableError) or storage_is_away(error):
             raise _halted(spec.name, "a study's storage takes what it writes", what) from error
         raise
     finally:
-        with suppress(LeaseLostError, BucketError):
+        with suppress(OSError, BucketError, LeaseLostError):
             lease.sign_of_life()  # a record that took nothing before may take as long again
         _put_in_line(record, reason, display)
 
 
-def _record_away(error: BaseException) -> RecordUnavailableError | StorageError | None:
+def _record_away(error: BaseException) -> RecordUnavailableError | RecordHeldError | None:
     """What Tune made an error of its own of, when it was that the record's database is away, or its lock held."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, RecordUnavailableError | StorageError):
+    while found is not None and not isinstance(found, RecordUnavailableError | RecordHeldError):
         found = found.__cause__ or found.__context__
     return found
 

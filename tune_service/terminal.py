@@ -18,18 +18,19 @@ LAST_WORDS_S = 5.0
 
 
 class PatientStream(io.TextIOBase):
-    """A way to a file descriptor on which no write waits for its reader: a thread does.
+    """A way to a file descriptor on which no write waits for its reader, and none raises: a thread does the writing.
 
     Nothing tells beforehand how much a terminal or a pipe takes, and one that a sleeping laptop reads takes nothing.
+    What nobody reads any more is passed over, and so is what a full disk does not take.
     """
 
     encoding = locale.getpreferredencoding(False)
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = os.dup(descriptor)
-        self._untaken: list[bytes] = []
+        self._untaken = bytearray()
         self._changed = Condition()
-        self._reader_is_gone = False
+        self._is_over = False
         Thread(target=self._write_all, name="output", daemon=True).start()
 
     @property
@@ -39,50 +40,50 @@ class PatientStream(io.TextIOBase):
             return not self._untaken
 
     def write(self, text: str) -> int:
-        """Takes `text` for later. BrokenPipeError once the reader is known to be gone."""
         with self._changed:
-            if self._reader_is_gone:
-                raise BrokenPipeError
-            self._untaken.append(text.encode(self.encoding, errors="replace"))
-            self._changed.notify_all()
+            if not self._is_over:
+                self._untaken += text.encode(self.encoding, errors="replace")
+                self._changed.notify_all()
         return len(text)
 
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
-    def drain(self) -> bool:
-        """Waits until all has been taken, some seconds at most. Whether it has."""
+    def drain(self, timeout_s: float) -> None:
+        """Waits until all has been taken, but no longer than that."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._untaken, LAST_WORDS_S)
+            self._changed.wait_for(lambda: not self._untaken, timeout_s)
 
     def finish(self) -> None:
-        """Closes it, after the last words; where nobody takes those, the end of the process does."""
-        if self.drain():
-            with self._changed:
-                self._reader_is_gone = True
-                self._changed.notify_all()
+        """Closes it, after the last words; those that nobody takes do not come after what others print there."""
+        self.drain(LAST_WORDS_S)
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
 
     def _write_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._untaken or self._reader_is_gone)
-                if self._reader_is_gone:
+                self._changed.wait_for(lambda: self._untaken or self._is_over)
+                if self._is_over:
+                    self._untaken.clear()
                     os.close(self._descriptor)
                     return
-                text = self._untaken[0]
-            taken, is_gone = 0, False
-            try:
-                taken = os.write(self._descriptor, text)
-            except BlockingIOError:  # another program that has it too made it so
-                select.select([], [self._descriptor], [])
-            except OSError:
-                is_gone = True
+                text = bytes(self._untaken)
+            taken = self._write(text)
             with self._changed:
-                self._reader_is_gone |= is_gone
-                self._untaken[:1] = [text[taken:]] if taken < len(text) else []
-                if self._reader_is_gone:
-                    self._untaken.clear()
+                del self._untaken[:taken]
                 self._changed.notify_all()
+
+    def _write(self, text: bytes) -> int:
+        """How much of it has gone, somewhere or nowhere."""
+        try:
+            return os.write(self._descriptor, text)
+        except BlockingIOError:  # another program that has it too made it so
+            select.select([], [self._descriptor], [])
+            return 0
+        except OSError:
+            return len(text)
 
 
 Shown = TextIO | PatientStream

@@ -177,12 +177,12 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
     """Passes every result to the driver."""
 
     slots: Slots
+    _controller: Any
+    """Tune's own, from the first trial on."""
 
     def __init__(self, driver: Driver) -> None:
         super().__init__()
         self._driver = driver
-        self._controller: Any = None
-        """Tune's, once there is a trial."""
         self.trials: dict[str, Trial] = {}
         """Those without an end, by Tune's id."""
 
@@ -193,7 +193,7 @@ class _StudyScheduler(_NotKept, FIFOScheduler):  # type: ignore[misc]
     def actor_of(self, trial: Trial) -> Any:
         """Its supervisor, from when Ray has room for it; Tune itself tells of it only once it has started."""
         actor = trial.temporary_state.ray_actor
-        if actor is None and self._controller is not None:
+        if actor is None:
             made = self._controller._actor_manager._live_actors_to_ray_actors_resources
             actor, _ = made.get(self._controller._trial_to_actor.get(trial), (None, None))
         return actor
