@@ -109,6 +109,9 @@ def test_a_long_answer_is_fetched_once_and_then_only_what_is_new(monkeypatch: py
     assert sum(size for size in log.fetched if size < 100_000) < 1_000
 
 
+LOGS = {"word": "w", "what": "logs", "version": ""}
+
+
 def signs_of_life(first: int, count: int) -> list[str]:
     return [encode("w", number, {"alive": True}) for number in range(first, first + count)]
 
@@ -139,19 +142,17 @@ def test_a_head_is_not_silent_for_the_time_that_somebody_takes_to_read_its_answe
 ) -> None:
     monkeypatch.setattr("tune_service.remote.POLL_S", 0.0)
     monkeypatch.setattr("tune_service.remote.QUIET_S", 0.2)
-    log = Log(
-        *signs_of_life(1, 1), encode("w", 2, {"n": 1}), "", encode("w", 3, {"n": 2}), encode("w", 4, {"end": True})
-    )
-    for answer in studies(log)._answers({"word": "w", "what": "logs", "version": ""}, "question-1"):
+    first, last = encode("w", 2, {"n": 1}), encode("w", 3, {"n": 2}) + encode("w", 4, {"end": True})
+    read = []
+    for answer in studies(Log(*signs_of_life(1, 1), first, "", last))._answers(LOGS, "question-1"):
+        read.append(answer["n"])
         time.sleep(0.4)
-    assert answer["n"] == 2
+    assert read == [1, 2]
 
 
 def test_a_head_of_an_older_version_shows_no_signs_of_life_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tune_service.remote.POLL_S", 0.01)
     monkeypatch.setattr("tune_service.remote.QUIET_S", 0.1)
-    log = Log(
-        encode("w", 1, {"version": __version__}), *[""] * 20, encode("w", 2, {"n": 1}), encode("w", 3, {"end": True})
-    )
-    (answer,) = studies(log)._answers({"word": "w", "what": "stop", "version": ""}, "question-1")
+    first, last = encode("w", 1, {"version": __version__}), encode("w", 2, {"n": 1}) + encode("w", 3, {"end": True})
+    (answer,) = studies(Log(first, *[""] * 20, last))._answers(LOGS, "question-1")
     assert answer["n"] == 1
