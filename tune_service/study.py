@@ -169,15 +169,16 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
     except BaseException as error:
         with suppress(BucketError):  # a store that is away says nothing of other drivers
             lease.check()
+        away = _record_away(error)
+        if away is not None:
+            reason = f"interrupted: {away.problems[0].found}"
+            raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
         if isinstance(error, KeyboardInterrupt):
             reason = "interrupted by the user"
             goes_on = f"`tune-service resume {spec.name}` goes on"
             raise InterruptedCommandError(goes_on, str(error) or "Ctrl-C") from error
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
         reason = f"interrupted: {what}"
-        away = _record_away(error)
-        if away is not None:
-            raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
         if isinstance(error, StorageUnavailableError) or storage_is_away(error):
             raise _halted(spec.name, "a study's storage takes what it writes", what) from error
         raise
