@@ -81,7 +81,7 @@ class Draft:
 
     def place(self, key: str) -> str:
         """`study.yaml:12 training.batch_size`. A key that the file lacks has the line of its section; what is no key,
-        such as `--storage`, stays as it is."""
+        such as `--storage` or a path, stays as it is."""
         around = key
         while around:
             if around in self.options:
@@ -89,7 +89,8 @@ class Draft:
             if around in self.lines:
                 return f"{self.file}:{self.lines[around]} {key}"
             around = around[: max(around.rfind("."), around.rfind("["), 0)]
-        return f"{self.file} {key}" if self.file and key.partition(".")[0] in KEYS else key
+        is_key = not key.startswith(("-", "/"))
+        return f"{self.file} {key}" if self.file and is_key else key
 
     def set_name(self, name: str) -> None:
         """Puts in what `--name` says."""
