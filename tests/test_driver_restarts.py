@@ -149,31 +149,20 @@ def test_a_supervisor_that_is_silent_for_longer_than_it_said_is_overdue(
 def test_a_supervisor_whose_process_starts_has_the_start_s_time_and_a_warm_one_the_way_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(monkeypatch)
-    study = HandDriven(tmp_path, faults={"start_timeout_s": 100.0})
-    cold, warm = study.driver.ask(), study.driver.ask()
-    assert cold is not None and warm is not None
-    study.driver.handed_over(cold.number, is_warm=False)
-    study.driver.handed_over(warm.number, is_warm=True)
-    assert overdue_after(study, clock, 140) == {warm.number: 31.0, cold.number: 131.0}
-
-
-def test_a_supervisor_that_is_handed_its_trial_is_overdue_however_often_that_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     """The tuner says so at every step while Tune's trial is pending, and may find a warm one for it meanwhile."""
     clock = Clock(monkeypatch)
     study = HandDriven(tmp_path, faults={"start_timeout_s": 100.0})
-    cold, moved = study.driver.ask(), study.driver.ask()
-    assert cold is not None and moved is not None
+    cold, warm, moved = (study.driver.ask() for _ in range(3))
+    assert cold is not None and warm is not None and moved is not None
 
     def say() -> None:
         study.driver.handed_over(cold.number, is_warm=False)
+        study.driver.handed_over(warm.number, is_warm=True)
         study.driver.handed_over(moved.number, is_warm=clock.now >= 50)
 
     poll = study.driver.poll
     monkeypatch.setattr(study.driver, "poll", lambda: (say(), poll())[1])
-    assert overdue_after(study, clock, 140) == {moved.number: 81.0, cold.number: 132.0}
+    assert overdue_after(study, clock, 140) == {warm.number: 32.0, moved.number: 81.0, cold.number: 132.0}
 
 
 def test_a_supervisor_that_has_taken_its_trial_may_start_ranks_twice(

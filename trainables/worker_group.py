@@ -192,7 +192,7 @@ class RayWorkerGroup(WorkerGroup):
         except WorkerLostError as error:
             raise RankNotStartedError(str(error)) from None
         if not self._started:
-            host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0])[0]
+            host, port = self._ask(lambda rank: rank.endpoint.remote(), deadline_s, only=[0], until=end)[0]
             nodes = self._ask(lambda rank: rank.rendezvous_at.remote(host, port), deadline_s, until=end)
             here = ray.get_runtime_context().get_node_id()
             self._elsewhere = {rank for rank, node in enumerate(nodes) if node != here}

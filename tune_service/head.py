@@ -31,10 +31,12 @@ from tune_service.storage import expanded
 from tune_service.storages import open_storage
 from tune_service.studies import LocalStudies, to_ranges
 from tune_service.terminal import shown_stream
+from tune_service.threads import beside
 from tune_service.views import ViewNews
 
 ANSWER_S = 60.0
 ALIVE_S = 20.0
+"""Between two signs of life; `remote.QUIET_S` is how long a laptop waits for one."""
 FETCH_S = 2 * 3600.0
 """How long an export waits to be fetched."""
 DEFAULT_STORAGE = "~/studies"
@@ -57,20 +59,14 @@ class Answer:
     @contextmanager
     def signs_of_life(self) -> Iterator[None]:
         """Sends one at once, and then now and then, for whoever waits for a long answer and has asked for them."""
-        end = threading.Event()
 
-        def send() -> None:
+        def send(end: threading.Event) -> None:
             self.send({"alive": True})
             while not end.wait(ALIVE_S):
                 self.send({"alive": True})
 
-        thread = threading.Thread(target=send, daemon=True)
-        thread.start()
-        try:
+        with beside(send, "signs-of-life"):
             yield
-        finally:
-            end.set()
-            thread.join()
 
     def fail(self, error: BaseException) -> None:
         """Why there is no answer, as the command there would say it."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from trainables.errors import Problem
 from trainables.stores import lease_holds
 from tune_service.errors import LeaseLostError, RecordHeldError, StorageError, StudyRunningError
+from tune_service.threads import beside
 
 LOOK_PATIENCE_S = 1.0
 """`status` holds a driver's lock for a moment, to look."""
@@ -85,14 +86,8 @@ class Lease(ABC):
     def beating(self, on_stuck: Callable[[str], None]) -> Iterator[None]:
         """Beats, in a thread, as long as there are signs of life. Without them calls `on_stuck` with what is wrong."""
         self._sign = time.monotonic() + STARTING_S - STUCK_S
-        end = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(end, on_stuck), name="lease", daemon=True)
-        thread.start()
-        try:
+        with beside(lambda end: self._beat(end, on_stuck), "lease"):
             yield
-        finally:
-            end.set()
-            thread.join()
 
     def _beat(self, end: threading.Event, on_stuck: Callable[[str], None]) -> None:
         before, is_stuck = time.monotonic(), False

@@ -23,6 +23,7 @@ from trainables.far import SCRATCH, held_folder, left_lock
 from trainables.redaction import redacted
 from tune_service.prctl import adopt_orphans
 from tune_service.ray_start import interrupts_put_off, quick_start
+from tune_service.threads import beside
 
 LOCK = ".lock"
 """In a scratch folder; its owner holds it."""
@@ -243,9 +244,8 @@ def _watched(
     a whole group got them.
     """
     servers: dict[psutil.Process, str] = {}
-    end = threading.Event()
 
-    def look() -> None:
+    def look(end: threading.Event) -> None:
         stopped_s = 0.0
         look_s = FIRST_LOOK_S
         while not end.wait(look_s):
@@ -262,13 +262,8 @@ def _watched(
                 on_lost(died or f"Ray was stopped for {stopped_s:.0f} s")
                 return
 
-    thread = threading.Thread(target=look, name="ray-watch", daemon=True)
-    thread.start()
-    try:
+    with beside(look, "ray-watch"):
         yield
-    finally:
-        end.set()
-        thread.join()
 
 
 def _servers(others: set[psutil.Process]) -> dict[psutil.Process, str]:

@@ -171,10 +171,7 @@ class StudySpec:
         A parameter that has neither is left out and the sampler fills it in; on a grid it gets its first value, so that
         the first trial is a point of the grid.
         """
-        own = self.training_values
-        if self.model is not None:
-            own |= {MODEL_PREFIX + name: value for name, value in self.model.config.items()}
-        space, params = self.domains, dict[str, Value]()
+        own, space, params = self._own_values(), self.domains, dict[str, Value]()
         for name, domain in space.items():
             if name in own and domain.contains(own[name]):
                 params[name] = own[name]
@@ -187,12 +184,17 @@ class StudySpec:
     def outside_space(self) -> dict[str, Value]:
         """The given values that the first trial cannot have: they lie outside their domains. Of a spec as its file says
         it: one that was stored gives the defaults too."""
-        own, space = dict(self.training_values), self.domains
+        own, space = self._own_values(), self.domains
+        defaults = set[str]()
         if isinstance(self.training, TrainingConfig):
-            own = {name: value for name, value in own.items() if name in self.training.model_fields_set}
-        if self.model is not None:
-            own |= {MODEL_PREFIX + name: value for name, value in self.model.config.items()}
-        return {name: own[name] for name in space if name in own and not space[name].contains(own[name])}
+            defaults = self.training_values.keys() - self.training.model_fields_set
+        given = [name for name in space if name in own and name not in defaults]
+        return {name: own[name] for name in given if not space[name].contains(own[name])}
+
+    def _own_values(self) -> dict[str, Any]:
+        """What the spec itself says, by the names that a search space has."""
+        config = self.model.config if self.model is not None else {}
+        return self.training_values | {MODEL_PREFIX + name: value for name, value in config.items()}
 
     def largest_params(self) -> dict[str, Value]:
         """Those of the first trial, with the largest batches and lengths of the search space."""

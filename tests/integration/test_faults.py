@@ -247,6 +247,7 @@ def test_a_driver_s_end_is_cleared_up_behind_whatever_befell_its_guard_before(
     command.send(signal.SIGKILL)
     command.wait()
     wait_until(lambda: not program.leftovers(), 60, "the end of all that the driver left")
+    assert not program.leftovers()
 
 
 @pytest.mark.slow
