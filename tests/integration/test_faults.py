@@ -201,7 +201,9 @@ def test_processes_that_freeze_as_they_start_cost_their_trial_the_time_to_start(
     """A supervisor whose class is being set up, which Tune alone would wait for for ever; then a rank that imports."""
     points = FaultPoints(program.folder / "points-starts")
     points.arm("resetting-0")
+    (program.specs / "slow_toys.py").write_text("import time\ntime.sleep(5)\nfrom toys import steady\n")
     changes = {
+        "trainable": "slow_toys:steady",
         "search_space": {"x": {"choice": [0, 1]}},
         "budget": {"trials": 2, "concurrent_trials": 1},
         "faults": {"start_timeout_s": 30.0},
