@@ -69,22 +69,18 @@ def test_every_command_serves_a_study_in_a_database(program: Program, postgres: 
 
 @pytest.mark.slow
 def test_tpe_and_asha_go_on_where_they_were_after_a_kill(program: Program, record: dict[str, Any]) -> None:
-    def run(name: str, cut: bool) -> Any:
-        changes = record | {
-            "search_space": {"x": {"uniform": [0, 1]}},
-            "sampler": {"name": "tpe", "seed": 5},
-            "scheduler": {"name": "asha"},
-            "budget": {"trials": 14, "concurrent_trials": 1},
-        }
-        command = program.start("run", program.spec(name, changes), "--json")
-        if cut:
-            wait_until((program.storage / name / "record.json").exists, 60, "the record")
-            wait_until(lambda: len(program.json("status", name)["trials"]) >= 12, 120, "the twelfth trial")
-            kill(program, command)
-            return program.json("resume", name)
-        return command.wait().json
-
-    cut, whole = run("cut", cut=True), run("whole", cut=False)
+    changes = record | {
+        "search_space": {"x": {"uniform": [0, 1]}},
+        "sampler": {"name": "tpe", "seed": 5},
+        "scheduler": {"name": "asha"},
+        "budget": {"trials": 14, "concurrent_trials": 1},
+    }
+    whole = program.json("run", program.spec("whole", changes))
+    thirteenth = whole["trials"][12]["params"]["x"]
+    command = program.start("run", program.spec("cut", held(thirteenth, 1) | changes), "--json")
+    program.wait_for_note("cut", "hold", thirteenth, epoch=1)
+    kill(program, command)
+    cut = program.json("resume", "cut")
     assert [trial["params"] for trial in cut["trials"]] == [trial["params"] for trial in whole["trials"]]
     assert [trial["reports"] for trial in cut["trials"]] == [trial["reports"] for trial in whole["trials"]]
     assert {trial["state"] for trial in whole["trials"]} == {"completed", "pruned"}
