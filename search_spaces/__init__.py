@@ -3,7 +3,17 @@
 from collections.abc import Callable, Mapping
 
 from search_spaces.bert import bert, bert_large
-from search_spaces.domains import Choice, Domain, IntUniform, LogUniform, SearchSpace, Uniform, Value, parse_domain
+from search_spaces.domains import (
+    Choice,
+    Domain,
+    IntUniform,
+    LogIntUniform,
+    LogUniform,
+    SearchSpace,
+    Uniform,
+    Value,
+    parse_domain,
+)
 from search_spaces.gpt2 import gpt2, gpt2_medium
 from search_spaces.llama import llama
 
@@ -21,6 +31,7 @@ __all__ = [
     "Choice",
     "Domain",
     "IntUniform",
+    "LogIntUniform",
     "LogUniform",
     "SearchSpace",
     "Uniform",

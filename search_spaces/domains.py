@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 Value = str | int | float | bool | None
 
@@ -60,12 +60,13 @@ class IntUniform:
 
     low: int
     high: int
+    kind: ClassVar[str] = "int_uniform"
 
     def __post_init__(self) -> None:
         if not (_is_int(self.low) and _is_int(self.high)):
-            raise ValueError(f"int_uniform needs whole numbers, but got {_pair(self)}")
+            raise ValueError(f"{self.kind} needs whole numbers, but got {_pair(self)}")
         if not self.low < self.high:
-            raise ValueError(f"int_uniform needs low < high, but got {_pair(self)}")
+            raise ValueError(f"{self.kind} needs low < high, but got {_pair(self)}")
 
     def contains(self, value: object) -> bool:
         return _is_int(value) and self.low <= value <= self.high
@@ -75,7 +76,19 @@ class IntUniform:
         return range(self.low, self.high + 1)
 
     def to_mapping(self) -> dict[str, list[Value]]:
-        return {"int_uniform": [self.low, self.high]}
+        return {self.kind: [self.low, self.high]}
+
+
+@dataclass(frozen=True)
+class LogIntUniform(IntUniform):
+    """Any whole number between low and high, both ends included; each factor of ten is as likely as the next."""
+
+    kind: ClassVar[str] = "log_int_uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low < 1:
+            raise ValueError(f"{self.kind} needs low of 1 or more, but got {_pair(self)}")
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,12 @@ class SearchSpace(Mapping[str, Domain]):
     def __len__(self) -> int:
         return len(self.domains)
 
+    @property
+    def num_points(self) -> int | None:
+        """How many different trials there can be; None where some domain has no end of values."""
+        sizes = [_size(domain) for domain in self.domains.values()]
+        return None if None in sizes else math.prod(size for size in sizes if size is not None)
+
     def __or__(self, other: Mapping[str, Domain]) -> SearchSpace:
         """This space with some domains added or replaced. Defaults that then lie outside are dropped."""
         domains = {**self.domains, **other}
@@ -145,6 +164,7 @@ EXAMPLES: Mapping[str, str] = {
     "log_uniform": "{log_uniform: [1.0e-5, 2.0e-4]}",
     "uniform": "{uniform: [0.0, 0.1]}",
     "int_uniform": "{int_uniform: [64, 128]}",
+    "log_int_uniform": "{log_int_uniform: [8, 512]}",
     "choice": "{choice: [16, 32, 64]}",
 }
 """Each kind of domain as a user writes it."""
@@ -161,8 +181,10 @@ def parse_domain(mapping: object) -> Domain:
         return Choice(tuple(values))
     if len(values) != 2:
         raise ValueError(f"{kind} needs a list of two numbers, low and high, but got {list(values)!r}")
-    if kind == "int_uniform":
+    if kind == IntUniform.kind:
         return IntUniform(*values)
+    if kind == LogIntUniform.kind:
+        return LogIntUniform(*values)
     make: Callable[[float, float], Domain] = LogUniform if kind == "log_uniform" else Uniform
     return make(*(_number(kind, value) for value in values))
 
@@ -177,6 +199,13 @@ def _number(kind: str, value: Any) -> float:
     if not _is_number(value):
         raise ValueError(f"{kind} needs numbers, but got {value!r}")
     return float(value)
+
+
+def _size(domain: Domain) -> int | None:
+    if isinstance(domain, IntUniform):
+        return domain.high - domain.low + 1  # `len` of a wide range overflows
+    values = domain.grid()
+    return None if values is None else len(values)
 
 
 def _is_int(value: object) -> TypeGuard[int]:

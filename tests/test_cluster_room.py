@@ -78,6 +78,28 @@ def test_that_is_said_on_the_laptop_before_anything_is_shipped(tmp_path: Path) -
         assert problem.expected == "1, or a fraction such as 0.25"
 
 
+def test_what_may_not_be_meant_is_told_before_a_study_is_handed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("def train(context): ...\n")
+    spec = tmp_path / "study.yaml"
+    spec.write_text(
+        "name: s\ntrainable: mine:train\ntraining: {x: 7}\nsearch_space: {x: {uniform: [0, 1]}}\n"
+        "resources: {gpus_per_worker: 0}\n"
+    )
+    told = "trial 0 does not start at x 7: that lies outside its domain"
+
+    class Cluster:
+        def submit(self, *_: object) -> str:
+            return "s-1"
+
+    cluster: Any = Cluster()
+    assert submit_study(spec, (), None, cluster, wait=True) == ("s", "s-1")
+    assert capsys.readouterr().err == f"{told}\n"
+    first = next(check_cluster(spec, (), None, cluster, start_nodes=False))
+    assert (first.name, first.ok, first.advice) == ("spec", True, told)
+
+
 def test_a_study_waits_where_other_nodes_may_come() -> None:
     empty = ClusterRoom(kinds_of([(0, 0)]))
     assert (empty.problems(resources()), empty.fit(resources()), empty.fits_now(resources())) == ([], 1, 0)

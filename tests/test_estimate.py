@@ -39,6 +39,8 @@ def test_a_grid_has_no_more_trials_than_points() -> None:
     assert expected_epochs(grid) == 6 * 9
     assert estimate(grid, STEP, at_once=64, storage_bytes_s=12e6).epochs == (54, 54)
     assert most_trials(toy_spec(Path.cwd(), search_space=space, sampler={"name": "grid"}, budget={"trials": 4})) == 4
+    wide = {"x": {"int_uniform": [0, 10**30]}}
+    assert most_trials(toy_spec(Path.cwd(), search_space=wide, sampler={"name": "grid"}, budget={"trials": 4})) == 4
 
 
 def test_time_is_epochs_over_trials_at_once_and_never_less_than_one_trial_takes() -> None:

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import RECIPES, Choice, Domain, IntUniform, LogUniform, SearchSpace, Uniform, Value, parse_domain
+from search_spaces import (
+    RECIPES,
+    Choice,
+    Domain,
+    IntUniform,
+    LogIntUniform,
+    LogUniform,
+    SearchSpace,
+    Uniform,
+    Value,
+    parse_domain,
+)
 from search_spaces.bert import bert, bert_large
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -24,6 +35,7 @@ domains: st.SearchStrategy[Domain] = (
     ordered(finite).map(lambda ends: Uniform(*ends))
     | ordered(st.floats(min_value=1e-300, max_value=1e300)).map(lambda ends: LogUniform(*ends))
     | ordered(st.integers()).map(lambda ends: IntUniform(*ends))
+    | ordered(st.integers(min_value=1)).map(lambda ends: LogIntUniform(*ends))
     | st.lists(plain, min_size=1, max_size=5, unique_by=lambda value: value).map(lambda values: Choice(tuple(values)))
 )
 
@@ -55,6 +67,8 @@ def test_a_domain_holds_its_ends_and_every_point_of_its_grid(domain: Domain) -> 
         ({"int_uniform": [1.0, 2]}, "whole numbers", "low=1.0"),
         ({"int_uniform": [False, 2]}, "whole numbers", "low=False"),
         ({"int_uniform": [2, 1]}, "low < high", "low=2, high=1"),
+        ({"log_int_uniform": [1, 2.0]}, "log_int_uniform needs whole numbers", "high=2.0"),
+        ({"log_int_uniform": [0, 8]}, "log_int_uniform needs low of 1 or more", "low=0, high=8"),
         ({"choice": []}, "at least one", "none"),
         ({"choice": [1, 2, 1]}, "all differ", "1 twice"),
         ({"choice": [1, True]}, "all differ", "True twice"),
@@ -101,6 +115,13 @@ def test_what_lies_in_a_domain(domain: Domain, value: object, inside: bool) -> N
 def test_a_wide_domain_has_a_grid_that_takes_no_memory() -> None:
     grid = IntUniform(0, 10**15).grid()
     assert len(grid) == 10**15 + 1
+
+
+def test_the_points_of_a_space_are_counted_unless_they_have_no_end() -> None:
+    space = SearchSpace({"a": IntUniform(1, 10**30), "b": LogIntUniform(1, 4), "c": Choice((1, 2, 3))})
+    assert space.num_points == 12 * 10**30
+    assert (space | {"d": Uniform(0, 1)}).num_points is None
+    assert SearchSpace({}).num_points == 1
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from search_spaces import Choice, IntUniform, LogUniform, Uniform
+from search_spaces import Choice, IntUniform, LogIntUniform, LogUniform, Uniform
 from search_spaces.domains import SearchSpace
 from tune_service.searcher import NUM_GOOD, SamplerView, distributions, grid_points
 
@@ -25,6 +25,7 @@ SPACE = SearchSpace(
         "rate": LogUniform(1e-5, 1e-3),
         "decay": Uniform(0.0, 0.1),
         "length": IntUniform(64, 128),
+        "width": LogIntUniform(8, 512),
         "batch": Choice((16, 32)),
     }
 )
@@ -35,6 +36,7 @@ def test_each_domain_is_the_distribution_that_means_the_same() -> None:
         "rate": FloatDistribution(1e-5, 1e-3, log=True),
         "decay": FloatDistribution(0.0, 0.1),
         "length": IntDistribution(64, 128),  # both ends included
+        "width": IntDistribution(8, 512, log=True),
         "batch": CategoricalDistribution((16, 32)),
     }
 

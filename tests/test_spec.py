@@ -368,10 +368,23 @@ def test_of_the_given_values_those_that_the_first_trial_cannot_have_are_known() 
         | {"training": {"learning_rate": 5e-4}, "search_space": space}
         | {"model": {"name": "gpt2", "config": {"n_layer": 3}}}
     )
-    assert spec.outside_space() == {"learning_rate": 5e-4, "model.config.n_layer": 3}, "and no default"
+    assert spec.remarks() == [
+        f"trial 0 does not start at {value}: that lies outside its domain"
+        for value in ("learning_rate 0.0005", "model.config.n_layer 3")
+    ], "and no default"
     assert spec.first_params() == {}
     own = parse_spec(OWN | {"training": {"x": 7.0, "depth": 2}, "search_space": {"x": {"uniform": [0, 1]}}})
-    assert own.outside_space() == {"x": 7.0}
+    assert own.remarks() == ["trial 0 does not start at x 7.0: that lies outside its domain"]
+
+
+def test_a_grid_that_the_budget_cuts_off_is_told() -> None:
+    changes = {"search_space": {"x": {"choice": [1, 2, 3]}, "y": {"int_uniform": [0, 10**30]}}}
+    (remark,) = parse_spec(OWN | changes | {"sampler": {"name": "grid"}, "budget": {"trials": 5}}).remarks()
+    assert remark.startswith(f"of the grid's {3 * (10**30 + 1)} points the budget takes 5: ")
+    assert parse_spec(OWN | changes | {"sampler": {"name": "random"}, "budget": {"trials": 5}}).remarks() == []
+    small = OWN | {"search_space": {"x": {"choice": [1, 2, 3]}}, "sampler": {"name": "grid"}}
+    assert parse_spec(small | {"budget": {"trials": 3}}).remarks() == []
+    assert len(parse_spec(small | {"budget": {"trials": 2}}).remarks()) == 1
 
 
 def test_a_field_that_is_named_with_its_section_is_told_its_own_name_alone() -> None:

@@ -26,7 +26,7 @@ def check_cluster(
 ) -> Generator[Check, None, None]:
     """Each check as soon as it is done. SpecError when the spec alone is wrong."""
     spec = load_spec(path, overrides, name, here=False, also=not_for_clusters)
-    yield Check("spec", True, str(path))
+    yield Check("spec", True, str(path), "; ".join(spec.remarks()))
     yield _dashboard(studies)
     listening: list[Port] = []
     with tempfile.TemporaryDirectory() as folder:

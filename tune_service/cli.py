@@ -94,8 +94,8 @@ def run(
     place = _storage(storage)
     loaded = _load(spec, overrides, name, place)
     with display_of(as_json) as display:
-        for key, value in loaded.outside_space().items():
-            display.tell(f"trial 0 does not start at {key} {value}: that lies outside its domain")
+        for line in loaded.remarks():
+            display.tell(line)
         status = run_study(loaded, place, display)
     _print_end(status, as_json)
 
@@ -325,7 +325,7 @@ def _checks_here(path: Path, overrides: list[str], name: str | None, storage: St
         loaded = load_spec(path, overrides, name)
     except SpecError:
         loaded = _load(path, overrides, name, storage)  # raises, with the faults of its data and model too
-    yield Check("spec", True, str(path))
+    yield Check("spec", True, str(path), "; ".join(loaded.remarks()))
     checks, place = run_checks(loaded, storage, this_machine()), places(path, overrides, name)
     yield from (with_lines(each, place) for each in checks)
     is_sound = all(each.ok for each in checks if each.name == "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -66,9 +65,8 @@ def estimate(spec: StudySpec, step: Mapping[str, float], at_once: int, storage_b
 
 def most_trials(spec: StudySpec) -> int:
     """As many as the budget allows; a grid may have fewer points."""
-    if spec.sampler.name != "grid":
-        return spec.budget.trials
-    return min(spec.budget.trials, math.prod(len(domain.grid() or ()) for domain in spec.domains.values()))
+    points = spec.domains.num_points if spec.sampler.name == "grid" else None
+    return spec.budget.trials if points is None else min(spec.budget.trials, points)
 
 
 def expected_epochs(spec: StudySpec) -> float:

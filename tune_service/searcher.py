@@ -20,7 +20,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from search_spaces.domains import Choice, Domain, IntUniform, LogUniform, SearchSpace, Uniform
+from search_spaces.domains import Choice, Domain, IntUniform, LogIntUniform, LogUniform, SearchSpace, Uniform
 
 MAX_TRIALS_SHOWN = 1000
 """Of those that have ended, how many TPE learns from."""
@@ -35,6 +35,8 @@ def distribution(domain: Domain) -> BaseDistribution:
             return FloatDistribution(low, high, log=True)
         case Uniform(low, high):
             return FloatDistribution(low, high)
+        case LogIntUniform(low, high):
+            return IntDistribution(low, high, log=True)
         case IntUniform(low, high):
             return IntDistribution(low, high)
         case Choice(values):

@@ -181,9 +181,24 @@ class StudySpec:
                 params[name] = values[0]
         return params
 
-    def outside_space(self) -> dict[str, Value]:
-        """The given values that the first trial cannot have: they lie outside their domains. Of a spec as its file says
-        it: one that was stored gives the defaults too."""
+    def remarks(self) -> list[str]:
+        """What is allowed and may not be what was meant. Of a spec as its file says it: one that was stored gives the
+        defaults too."""
+        outside = [
+            f"trial 0 does not start at {name} {value}: that lies outside its domain"
+            for name, value in self._outside_space().items()
+        ]
+        points, trials = self.domains.num_points, self.budget.trials
+        if self.sampler.name != "grid" or points is None or points <= trials:
+            return outside
+        return [
+            *outside,
+            f"of the grid's {points} points the budget takes {trials}: the spec's own, then the first ones in order, "
+            "the last parameter fastest (sampler: {name: random} takes them from everywhere)",
+        ]
+
+    def _outside_space(self) -> dict[str, Value]:
+        """The given values that the first trial cannot have."""
         own, space = self._own_values(), self.domains
         defaults = set[str]()
         if isinstance(self.training, TrainingConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ def submit_study(
     What only the cluster knows (a name that is taken, what a node holds) is checked there, before anything is made.
     """
     spec = load_spec(path, overrides, name, here=False, also=not_for_clusters)
+    for line in spec.remarks():
+        print(line, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "study.zip"
         pack(spec, package)
