@@ -215,7 +215,12 @@ def test_few_shapes_of_batches_are_kept(settings: Callable[..., Settings]) -> No
     learner._kept.clear()
     for size in range(8, 8 + learner.MAX_READY + 2):
         curve(settings(batch_size=size, max_epochs=1))
-    assert len(learner._kept[0]._ready) == learner.MAX_READY
+    kept = learner._kept[0]
+    assert len(kept._ready) == learner.MAX_READY
+    for key in range(learner.MAX_READY):
+        kept.ready(key, lambda: "made first")
+    kept.ready(0, lambda: "made again"), kept.ready("one more", lambda: "made first")
+    assert [kept.ready(key, lambda: "made again") for key in (0, 2, 1)] == ["made first", "made first", "made again"]
 
 
 @pytest.mark.parametrize(

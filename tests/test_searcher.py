@@ -10,7 +10,8 @@ import numpy as np
 import optuna
 import pytest
 from hand_driven import HandDriven, play, play_in_pairs
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
@@ -18,7 +19,7 @@ from optuna.trial import TrialState as OptunaState
 
 from search_spaces import Choice, IntUniform, LogIntUniform, LogUniform, Uniform
 from search_spaces.domains import SearchSpace
-from tune_service.searcher import NUM_GOOD, SamplerView, distributions, grid_points
+from tune_service.searcher import NUM_GOOD, SamplerView, StudySampler, distributions, grid_points, suggest
 
 SPACE = SearchSpace(
     {
@@ -110,6 +111,30 @@ def test_tpe_comes_closer_to_the_optimum_than_chance(tmp_path: Path, seed: int) 
     study = HandDriven(tmp_path, budget={"trials": 40}, sampler={"name": "tpe", "seed": seed})
     play(study, until=40)
     assert np.mean([abs(params["x"] - 0.3) for params in study.params()[20:]]) < 0.2
+
+
+def test_tpe_is_optunas_multivariate_one_with_a_constant_liar() -> None:
+    space: dict[str, BaseDistribution] = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
+    points = np.random.default_rng(0).random((20, 2))
+    points[14:] /= 10  # those that run are where the best is
+
+    def study_with(sampler: BaseSampler) -> optuna.Study:
+        study = optuna.create_study(sampler=sampler)
+        for number, (x, y) in enumerate(points.tolist()):
+            state = OptunaState.COMPLETE if number < 14 else OptunaState.RUNNING
+            value = x + y if state == OptunaState.COMPLETE else None
+            study.add_trial(create_trial(state=state, params={"x": x, "y": y}, distributions=space, value=value))
+        return study
+
+    def of_optuna(**options: bool) -> dict[str, Any]:
+        seed = int(np.random.SeedSequence([5, 20, 0]).generate_state(1)[0])
+        sampler = TPESampler(seed=seed, **options)
+        study = study_with(sampler)
+        return sampler.sample_relative(study, study._storage.get_trial(study.ask()._trial_id), space)
+
+    found = suggest(study_with(StudySampler("tpe", 5, StudyDirection.MINIMIZE)), 20, {}, space)
+    assert found == of_optuna(multivariate=True, constant_liar=True)
+    assert found != of_optuna(multivariate=True, constant_liar=False), "running trials keep it away"
 
 
 def test_the_view_holds_every_trial_that_says_something_with_its_number_params_and_end(tmp_path: Path) -> None:

@@ -448,6 +448,16 @@ def test_a_trainable_is_found_beside_the_spec(tmp_path: Path, monkeypatch: pytes
     assert resolve("beside_the_spec:train", str(tmp_path)).__name__ == "train"
 
 
+def test_what_lies_beside_the_spec_takes_no_other_modules_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    (tmp_path / "colorsys.py").write_text("def train(context): yield")
+    with pytest.raises(TrainableError, match="module colorsys has no function 'train'"):
+        resolve("colorsys:train", str(tmp_path))
+
+
 def test_garbage_is_looked_for_while_a_module_of_the_users_own_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
