@@ -33,7 +33,7 @@ test: lint
 
 # They wait more than they work: two files at a time.
 slow: install
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout=900
 
 lint: install
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def running_moto(folder: Path) -> Iterator[int]:
     with (folder.parent / "moto.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 150
         while not _answers(port):
             assert process.poll() is None and time.monotonic() < end, "moto does not start"
             time.sleep(0.1)

@@ -38,7 +38,7 @@ class Cloud:
         environment = {"PYTHONPATH": str(_PACKAGES), "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}
         log = f'exec python -c "{code}" >{HOME}/moto.log 2>&1'
         self._server: Started = lab.client.start("bash", "-c", log, env=environment)
-        wait_until(lambda: lab.client.run("curl", "-s", "-f", self.url).code == 0, 60, "moto")
+        wait_until(lambda: lab.client.run("curl", "-s", "-f", self.url).code == 0, 150, "moto")
         lab.client.check("ip", "route", "add", "172.31.0.0/16", "dev", "br0")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._give_hosts, daemon=True)

@@ -52,7 +52,7 @@ class Cluster:
         before = self.num_nodes()
         pid = self._start("worker", f"--address=127.0.0.1:{self._port} --num-cpus={cpus}", {}, self.is_divided, path)
         log = self.folder / "worker.log"
-        wait_until(lambda: self.num_nodes() == before + 1, 60.0, f"a worker; see {log}")
+        wait_until(lambda: self.num_nodes() == before + 1, 180.0, f"a worker; see {log}")
         return pid
 
     def end_node(self, pid: int) -> None:

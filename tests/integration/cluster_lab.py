@@ -62,7 +62,7 @@ class LabCluster:
         lines = [line.split()[1:] for line in out.splitlines() if line.startswith("ALIVE")]
         return set(lines[0]) if lines else set()
 
-    def wait_for_nodes(self, *ips: str, timeout_s: float = 120) -> None:
+    def wait_for_nodes(self, *ips: str, timeout_s: float = 300) -> None:
         wait_until(lambda: self.alive() == set(ips), timeout_s, f"exactly {', '.join(ips)} to be alive")
 
     def leftovers(self, within_s: float) -> list[str]:

@@ -25,7 +25,7 @@ class FaultPoints:
     def arm(self, point: str) -> None:
         (self._folder / point).touch()
 
-    def reached(self, point: str, timeout_s: float = 90.0) -> int:
+    def reached(self, point: str, timeout_s: float = 180.0) -> int:
         """The process that is held at the point, as soon as one is."""
         path = self._folder / f"{point}.reached"
         wait_until(lambda: path.exists() or self._given_up, timeout_s, f"a process at {point}")

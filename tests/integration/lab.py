@@ -105,8 +105,8 @@ class Machine:
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, *script]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         process = self._process
-        wait_until(lambda: len(psutil.Process(process.pid).children()) == 1, 10, f"{self.name} to boot")
-        wait_until(self._answers, 20, f"sshd of {self.name}")
+        wait_until(lambda: len(psutil.Process(process.pid).children()) == 1, 60, f"{self.name} to boot")
+        wait_until(self._answers, 60, f"sshd of {self.name}")
 
     def power_off(self) -> None:
         """As when its plug is pulled: every process is gone at once, the network too."""

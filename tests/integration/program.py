@@ -75,7 +75,7 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def wait(self, timeout_s: float = 120.0) -> Run:
+    def wait(self, timeout_s: float = 240.0) -> Run:
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -127,13 +127,13 @@ class Program:
             )
         return Command(process, out, err)
 
-    def run(self, *arguments: str, timeout_s: float = 120.0, env: Mapping[str, str] | None = None) -> Run:
+    def run(self, *arguments: str, timeout_s: float = 240.0, env: Mapping[str, str] | None = None) -> Run:
         """Runs a command to its end, which is never a traceback."""
         found = self.start(*arguments, env=env).wait(timeout_s)
         assert "Traceback" not in found.err, found.err
         return found
 
-    def json(self, *arguments: str, code: int = 0, timeout_s: float = 120.0) -> Any:
+    def json(self, *arguments: str, code: int = 0, timeout_s: float = 240.0) -> Any:
         """The document that a command prints with --json; it must end with `code`."""
         found = self.run(*arguments, "--json", timeout_s=timeout_s)
         assert found.code == code, f"exit code {found.code}\n{found.out}\n{found.err}"
@@ -171,7 +171,7 @@ class Program:
         return self.folder / f"notes-{name}"
 
     def wait_for_note(
-        self, name: str, event: str, x: float, epoch: int, rank: int = 0, timeout_s: float = 90.0
+        self, name: str, event: str, x: float, epoch: int, rank: int = 0, timeout_s: float = 180.0
     ) -> toys.Note:
         wanted = (event, x, epoch, rank)
 

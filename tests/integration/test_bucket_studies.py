@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from object_store import BUCKET, Store, Way
 from program import Command, Program, opened, scores, wait_until
-from toys import curve
+from toys import HOLD_S, curve
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ def program(shared: Program, store: Store) -> Program:
 
 def changes(**training: Any) -> dict[str, Any]:
     """Two trials, one after the other; one that is held is not taken for one that hangs."""
-    budget, faults = {"trials": 2, "concurrent_trials": 1}, {"step_timeout_s": 240}
+    budget, faults = {"trials": 2, "concurrent_trials": 1}, {"step_timeout_s": HOLD_S}
     return {"training": {"max_epochs": EPOCHS, **training}, "budget": budget, "faults": faults}
 
 
@@ -102,9 +103,9 @@ def test_a_frozen_driver_that_was_taken_over_writes_nothing_more(program: Progra
     frozen.send(signal.SIGSTOP)
     began = time.monotonic()
     again = program.start("resume", "frozen", "--json")
-    wait_until(lambda: program.epochs("frozen", 1) == [1, 2, 2], 180, "the trial to go on")
+    wait_until(lambda: program.epochs("frozen", 1)[:3] == [1, 2, 2], 180, "the trial to go on")
     assert time.monotonic() - began > 15
-    assert "has been silent for 15 s" in again.err
+    assert re.search(r"has been silent for 1[5-9] s", again.err)
     program.release("frozen")
     status = again.wait()
     assert status.code == 0, status.err

@@ -11,7 +11,7 @@ from cluster_lab import FILE, LabCluster
 from lab import HOME, Lab, require_lab
 from program import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 IMAGE = "ami-03cf127a"
 """Any that the stand-in knows."""
@@ -90,7 +90,7 @@ def doctor(cluster: LabCluster, *options: str, code: int) -> dict[str, dict[str,
     spec = "{name: oven, trainable: 'oven:bake', search_space: {x: {choice: [1]}}, objective: {metric: score}}"
     (place / "oven.yaml").write_text(spec)
     command = ("tune-service", "check", str(folder / "oven.yaml"), "--address", "http://127.0.0.1:8265", "--json")
-    run = cluster.on_head(*command, *options, timeout_s=300)
+    run = cluster.on_head(*command, *options, timeout_s=600)
     assert run.code == code, run
     return {each["name"]: each for each in run.json["checks"]}
 
@@ -107,17 +107,17 @@ def test_the_doctor_of_a_cluster_without_workers_starts_one_only_when_it_is_told
     # The stand-in's machines have no GPU, whatever they offer.
     assert {name for name, check in checks.items() if not check["ok"]} == {"nodes", "all-reduce"}
     assert checks["nodes"]["found"].endswith("offers 1 GPUs, its driver lists 0")
-    wait_until(lambda: len(running(cloud)) == 1, 120, "the idle worker to be terminated")
+    wait_until(lambda: len(running(cloud)) == 1, 300, "the idle worker to be terminated")
 
 
 def test_a_demand_for_a_gpu_brings_a_spot_worker_which_goes_when_it_is_idle(cloud: Cloud, cluster: LabCluster) -> None:
     code = "import ray; ray.init(); print(ray.get(ray.remote(num_gpus=1)(lambda: 6 * 7).remote()))"
     submit = ("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--", "python", "-c", code)
-    done = cluster.on_head(*submit, timeout_s=240)
+    done = cluster.on_head(*submit, timeout_s=480)
     assert done.code == 0 and "\n42\n" in done.out, done
     workers = [each for each in cloud.instances() if each["InstanceType"] == "g5.2xlarge"]
     assert {worker["InstanceLifecycle"] for worker in workers} == {"spot"}
-    wait_until(lambda: len(running(cloud)) == 1, 120, "the idle worker to be terminated")
+    wait_until(lambda: len(running(cloud)) == 1, 300, "the idle worker to be terminated")
     assert running(cloud)[0]["InstanceType"] == "m6i.xlarge"
 
 

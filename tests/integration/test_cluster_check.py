@@ -73,9 +73,13 @@ def test_a_sound_spec_passes_and_one_trials_group_was_really_tried(
     assert "96 epochs if nothing stops" in checks["estimate"]["found"]
     assert re.match(r"\d+ refuse who shows no token, \d+ tell Ray's metrics", checks["ports"]["found"])
     assert sorted(cluster.storage.iterdir()) == before
-    wait_until(lambda: not cluster.actors(), 15.0, "the ranks to be gone")
-    groups = cluster.get("/api/v0/placement_groups?limit=100&detail=1")["data"]["result"]["result"]
-    assert {group["state"] for group in groups} == {"REMOVED"}
+    wait_until(lambda: not cluster.actors(), 60.0, "the ranks to be gone")
+
+    def states() -> set[str]:
+        groups = cluster.get("/api/v0/placement_groups?limit=100&detail=1")["data"]["result"]["result"]
+        return {group["state"] for group in groups}
+
+    wait_until(lambda: states() == {"REMOVED"}, 60.0, "what it had reserved to be given back")
 
 
 def test_a_trainable_of_ones_own_is_imported_on_the_nodes_and_not_run(doctor: Doctor, program: Program) -> None:

@@ -15,6 +15,7 @@ import pytest
 from browser import Browser, find_chromium
 from cluster import Cluster
 from program import Program, wait_until
+from toys import HOLD_S
 
 from tune_service import metrics
 
@@ -40,7 +41,8 @@ def browser(cluster: Cluster) -> Iterator[Browser]:
 def test_the_dashboard_shows_the_study(cluster: Cluster, browser: Browser, program: Program, tmp_path: Path) -> None:
     pictures = Path(os.environ.get("TUNE_SERVICE_TEST_PICTURES", tmp_path))
     holds = {"faults": [{"x": x, "epoch": 3, "does": "hold"} for x in (0, 1)]}
-    spec = program.spec("mrpc", {"training": holds, "resources": {"workers": 2}})
+    patience = {"step_timeout_s": HOLD_S}
+    spec = program.spec("mrpc", {"training": holds, "resources": {"workers": 2}, "faults": patience})
     program.run("submit", spec, "--address", cluster.url, env=cluster.env())
     program.wait_for_note("mrpc", "hold", x=1, epoch=3, rank=0)
 
@@ -61,7 +63,7 @@ def test_the_dashboard_shows_the_study(cluster: Cluster, browser: Browser, progr
         trials = re.search(r'ray_tune_service_trials{.*state="running".*study="mrpc".*} 2.0', lines)
         return bool(trials and re.search(r'ray_tune_service_trial_epoch{.*study="mrpc".*trial="1".*} 2.0', lines))
 
-    wait_until(is_published, 30.0, "the study's numbers")
+    wait_until(is_published, 90.0, "the study's numbers")
 
     program.release("mrpc")
     wait_until(lambda: cluster.jobs()["mrpc-1"]["status"] == "SUCCEEDED", 60.0, "the study's end")

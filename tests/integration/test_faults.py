@@ -36,7 +36,7 @@ def hurt(program: Program) -> Hurt:
         "search_space": {"x": {"choice": [FINE, KILLED, RAISES, EXITS, FROZEN, ORPHANED]}},
         "budget": {"trials": 6},
         "resources": {"workers": 2},
-        "faults": {"step_timeout_s": 8.0},
+        "faults": {"step_timeout_s": 20.0},
     }
     command = program.start("run", program.spec("hurt", changes), "--json")
     rank = program.wait_for_note("hurt", "hold", KILLED, epoch=3, rank=1).pid
@@ -88,7 +88,7 @@ def test_the_study_is_completed_and_says_what_happened(hurt: Hurt) -> None:
         KILLED: "rank 1 died",
         RAISES: "rank 0 raised ValueError: an egg was bad",
         EXITS: "rank 1 died",
-        FROZEN: "rank 1 gave no report in 8 s",
+        FROZEN: "rank 1 gave no report in 20 s",
         ORPHANED: "the trial's supervisor was lost",
     }.items():
         assert f"trial {hurt.trials[x]['number']}: {words}" in told
@@ -182,7 +182,7 @@ def test_a_frozen_supervisor_costs_its_trial_the_running_epoch(program: Program,
         "training": {"max_epochs": 4, "faults": [{"x": 1, "epoch": epoch, "rank": 0, "does": "hold"}]},
         "search_space": {"x": {"choice": [0, 1, 2]}},
         "budget": {"trials": 3, "concurrent_trials": 1},
-        "faults": {"step_timeout_s": 4.0},
+        "faults": {"step_timeout_s": 12.0},
     }
     command = program.start("run", program.spec(name, changes), "--json")
     rank = program.wait_for_note(name, "hold", 1, epoch).pid
@@ -201,7 +201,12 @@ def test_processes_that_freeze_as_they_start_cost_their_trial_the_time_to_start(
     """A supervisor whose class is being set up, which Tune alone would wait for for ever; then a rank that imports."""
     points = FaultPoints(program.folder / "points-starts")
     points.arm("resetting-0")
-    (program.specs / "slow_toys.py").write_text("import time\ntime.sleep(5)\nfrom toys import steady\n")
+    importing = program.folder / "importing"
+    (program.specs / "slow_toys.py").write_text(
+        "import time\nfrom pathlib import Path\nend = time.monotonic() + 25\n"
+        f"while Path({str(importing)!r}).exists() and time.monotonic() < end:\n    time.sleep(0.05)\n"
+        "from toys import steady\n"
+    )
     changes = {
         "trainable": "slow_toys:steady",
         "search_space": {"x": {"choice": [0, 1]}},
@@ -210,10 +215,12 @@ def test_processes_that_freeze_as_they_start_cost_their_trial_the_time_to_start(
     }
     command = program.start("run", program.spec("starts", changes), "--json", env=points.env)
     program.process(points.reached("resetting-0")).send_signal(signal.SIGSTOP)
+    importing.touch()  # from here on an import takes until this is gone
     points.release("resetting-0")
     wait_until(lambda: program.named(RANK) or not command.is_running, 120, "a first rank")
     for rank in program.named(RANK):
         rank.send_signal(signal.SIGSTOP)
+    importing.unlink()
     found = command.wait(timeout_s=240)
     assert found.code == 0, found.err
     assert [(scores(trial), trial["restarts"]) for trial in found.json["trials"]] == [

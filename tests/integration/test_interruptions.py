@@ -10,21 +10,22 @@ from typing import Any
 
 import pytest
 from program import Command, Program, scores, wait_until
-from toys import curve, read_notes
+from toys import HOLD_S, curve, read_notes
 
 from tune_service.prctl import adopt_orphans
 
 
 def held(x: float, epoch: int) -> dict[str, Any]:
-    """A spec's changes by which a trial waits in an epoch, the first time that it comes there."""
-    return {"training": {"epoch_s": 0.1, "faults": [{"x": x, "epoch": epoch, "does": "hold"}]}}
+    """A spec's changes by which a trial waits in an epoch, the first time that it comes there, and is let wait."""
+    training = {"epoch_s": 0.1, "faults": [{"x": x, "epoch": epoch, "does": "hold"}]}
+    return {"training": training, "faults": {"step_timeout_s": HOLD_S}}
 
 
 def start_held(program: Program, name: str, x: float, epoch: int, changes: dict[str, Any] | None = None) -> Command:
     """A study in which the trial of x=0 is through, and the one of `x` is in the midst of `epoch`."""
     command = program.start("run", program.spec(name, held(x, epoch) | (changes or {})), "--json")
     program.wait_for_note(name, "hold", x, epoch)
-    wait_until(lambda: _states(program, name)[0] == "completed", 30, "the end of trial 0")
+    wait_until(lambda: _states(program, name)[0] == "completed", 90, "the end of trial 0")
     return command
 
 
@@ -83,7 +84,7 @@ def test_an_impatient_second_ctrl_c_loses_nothing_either(program: Program) -> No
     time.sleep(0.3)
     command.ctrl_c()
     assert command.wait(timeout_s=30).code == 130
-    wait_until(lambda: not program.processes(), 15, "the end of Ray's processes")
+    wait_until(lambda: not program.processes(), 60, "the end of Ray's processes")
     status = program.json("status", "impatient")
     assert (status["state"], status["trials"][1]["state"]) == ("interrupted", "paused")
     check_gone_on(program, "impatient", program.json("resume", "impatient"), epochs=[1, 2, 3, 3, 4])
@@ -112,7 +113,7 @@ def test_a_killed_driver_takes_its_ray_along_and_the_study_goes_on(program: Prog
     command = start_held(program, "killed", x=1, epoch=3)
     command.send(signal.SIGKILL)
     assert command.wait().code == -signal.SIGKILL
-    wait_until(lambda: not program.leftovers(), 10, "the end of Ray's processes and of its files")
+    wait_until(lambda: not program.leftovers(), 60, "the end of Ray's processes and of its files")
 
     status = program.json("status", "killed")
     assert status["state"] == "interrupted"
@@ -155,7 +156,7 @@ def test_a_stopped_study_ends_at_the_next_reports_and_goes_on(program: Program) 
 
 
 def heavy(epoch: int) -> dict[str, Any]:
-    """A trial of six epochs that get worse, whose checkpoints take over 0.6 s: only that of epoch 1 is written."""
+    """A trial of six epochs that get worse, whose checkpoints take over 2 s: only that of epoch 1 is written."""
     return {
         "trainable": "toys:heavy",
         "objective": {"mode": "min"},
@@ -273,7 +274,7 @@ def test_asha_remembers_its_rungs_after_a_kill(program: Program) -> None:
     program.wait_for_note("rungs", "hold", x=5, epoch=2)
     command.send(signal.SIGKILL)
     command.wait()
-    wait_until(lambda: not program.processes(), 15, "the end of Ray's processes")
+    wait_until(lambda: not program.processes(), 60, "the end of Ray's processes")
     status = program.json("resume", "rungs")
     reasons = [trial["reason"] for trial in status["trials"]]
     assert reasons == [None, *(f"asha: epoch 2, rank {rank} of {rank}" for rank in (2, 3, 4, 5))]

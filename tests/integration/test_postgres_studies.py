@@ -37,7 +37,7 @@ def own_server() -> Iterator[Server]:
 def kill(program: Program, command: Command) -> None:
     command.send(signal.SIGKILL)
     assert command.wait().code == -signal.SIGKILL
-    wait_until(lambda: not program.processes(), 15, "the end of Ray's processes")
+    wait_until(lambda: not program.processes(), 60, "the end of Ray's processes")
 
 
 @pytest.mark.slow
@@ -114,7 +114,8 @@ def test_a_server_that_restarts_costs_nothing(program: Program, own_server: Serv
     wait_until(lambda: watch.out, 30, "the first line of watch")
     own_server.stop()
     program.release("restart")
-    time.sleep(3)
+    program.wait_for_note("restart", "report", x=1, epoch=3)
+    time.sleep(1)  # the driver has tried to write it
     own_server.start()
     found = command.wait()
     assert (found.code, found.json["state"]) == (0, "completed"), found.err

@@ -70,7 +70,7 @@ def sshd_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         command += ["-o", f"{name}={value}"]
     with (folder / "log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
         try:
-            wait_until(lambda: _is_open(port), 10.0, f"sshd; see {folder / 'log'}")
+            wait_until(lambda: _is_open(port), 60.0, f"sshd; see {folder / 'log'}")
             Sshd.folder = folder
             yield port
         finally:

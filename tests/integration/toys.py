@@ -62,7 +62,7 @@ def heavy(context: Context) -> Iterator[Report]:
 
 def _save_heavily(report: Report, folder: Path) -> None:
     assert report.save is not None
-    time.sleep(0.6)
+    time.sleep(2.0)
     report.save(folder)
 
 
