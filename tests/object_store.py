@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from free_port import free_port
 from pyarrow import fs
 
 KEYS: dict[str, Any] = {"access_key": "someone", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
@@ -36,8 +37,7 @@ def install_moto(folder: Path) -> None:
 @contextmanager
 def running_moto(folder: Path) -> Iterator[int]:
     """Runs the server that lies in `folder`, with an empty bucket. Yields its port on loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     code = f"import sys; sys.path.insert(0, {str(folder)!r}); from moto.server import main; "
     code += f"main(['-H', '127.0.0.1', '-p', '{port}'])"
     with (folder.parent / "moto.log").open("w") as log:

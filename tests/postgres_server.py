@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 from debian import install
+from free_port import free_port
 
 PASSWORD = "Loaf-of-bread-77"
 """Of the role `baker`; the owner `postgres` needs none."""
@@ -30,9 +30,7 @@ class Server:
         if self._user is not None:
             os.chown(self._folder, self._user.pw_uid, self._user.pw_gid)
         self._data = self._folder / "data"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self._program("initdb", "-D", str(self._data), "-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8")
         rules = "host all baker 127.0.0.1/32 scram-sha-256\nhost all clear 127.0.0.1/32 password\n"
         hba = self._data / "pg_hba.conf"

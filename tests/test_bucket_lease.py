@@ -114,7 +114,8 @@ def test_a_dead_process_of_this_machine_delays_nobody(claims: Bucket) -> None:
         write(claims, "000001-a.json", pid=other.pid, started=started)
         assert is_held(claims)
         other.send_signal(signal.SIGKILL)
-        time.sleep(0.2)
+        while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
         assert not is_held(claims), "nor while it waits to be buried"
     began = time.monotonic()
     with taken("toy", claims, 0, nobody):
@@ -256,6 +257,7 @@ def test_of_two_claims_of_one_generation_at_most_one_holds(claims: Bucket) -> No
 def test_a_driver_that_slept_with_its_machine_is_alive_when_it_wakes(
     claims: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bucket_lease, "BEAT_S", 1.0)
     with taken("toy", claims, 0, nobody) as own:
         claim = tmp_path / "store/lab/toy/lease" / own.identity[1]
         hours_ago = time.time() - 8 * 3600

@@ -181,4 +181,4 @@ TestAnyOrder.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-TestAnyOrder.pytestmark = [pytest.mark.timeout(300)]
+TestAnyOrder.pytestmark = [pytest.mark.timeout(900)]

@@ -326,7 +326,7 @@ def test_a_terminal_that_stands_still_holds_up_nobody_and_gets_all_when_it_goes_
         termios.tcflow(its, termios.TCOOFF)  # Ctrl-S
         telling = threading.Thread(target=lambda: [display.tell(f"line {number}") for number in range(3)], daemon=True)
         telling.start()
-        telling.join(5)
+        telling.join(30)
         was_held_up = telling.is_alive()
         termios.tcflow(its, termios.TCOON)
         assert not was_held_up

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from free_port import free_port
 
 from tune_service.demo import write_pairs, write_tokenizer
 
@@ -30,8 +30,7 @@ print(json.dumps([[report.epoch, report.metrics] for report in probe(context)]))
 
 def probed(settings: dict[str, Any]) -> list[list[Any]]:
     """What rank 0 reports."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     fixed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "TUNE_SERVICE_DEVICE": "cpu"}
     env = os.environ | fixed | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, json.dumps(settings)]

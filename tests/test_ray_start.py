@@ -76,13 +76,14 @@ def test_what_nohup_ignores_stays_ignored_while_ray_starts() -> None:
 
 
 def test_what_ray_starts_with_is_put_back_after_a_start_that_failed() -> None:
-    from ray._private import parameter, services, utils
+    from ray._private import node, parameter, services, utils
 
     def found() -> list[object]:
         return [
             parameter.RayParams,
             services.start_api_server,
             services.get_node,
+            node.wait_for_persisted_port,
             utils.get_dashboard_dependency_error,
             utils.set_sigterm_handler,
         ]
@@ -101,12 +102,11 @@ def starting(server: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     try:
         assert driver.stdout is not None
         scratch, end = Path(driver.stdout.readline().strip()), time.monotonic() + 60
-        while not named(driver, server) and time.monotonic() < end:
+        while not any(map(is_up, named(driver, server))) and time.monotonic() < end:
             time.sleep(0.01)
-        time.sleep(0.2)
         family = psutil.Process(driver.pid).children(recursive=True)
         yield driver, scratch
-        _, alive = psutil.wait_procs(family, timeout=5)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert alive == []
         while scratch.exists() and time.monotonic() < end:
             time.sleep(0.05)
@@ -118,6 +118,13 @@ def starting(server: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 
 def named(driver: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     return [each for each in psutil.Process(driver.pid).children() if each.name() == name]
+
+
+def is_up(server: psutil.Process) -> bool:
+    """Whether it has come so far that it says something of its own end: SIGABRT has a handler."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGABRT - 1) & 1)
 
 
 @pytest.mark.parametrize("server", ["gcs_server", "raylet"])

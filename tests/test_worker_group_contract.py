@@ -257,7 +257,10 @@ def test_the_failure_of_one_rank_does_not_wait_for_the_others(two: RayWorkerGrou
     assert str(failure.value).startswith("rank 1 raised ValueError: row 8 is no row\nLast lines of trial-00007-rank-1")
 
 
-def test_a_rank_that_died_is_named_though_another_one_complained_first(two: RayWorkerGroup, task: MakeTask) -> None:
+def test_a_rank_that_died_is_named_though_another_one_complained_first(
+    two: RayWorkerGroup, task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainables.worker_group.ECHO_S", 60.0)
     two.begin(task("dies"))
     two.next_report()
     with pytest.raises(WorkerLostError) as failure:
@@ -309,7 +312,7 @@ def test_a_rank_that_ends_its_process_is_lost_too(cluster: None, task: MakeTask)
 
 
 def test_a_frozen_rank_is_found_within_the_deadline_and_its_process_is_ended(cluster: None, task: MakeTask) -> None:
-    with ray_group(workers=2, deadline_s=2.0) as group:
+    with ray_group(workers=2, deadline_s=5.0) as group:
         group.begin(task())
         group.next_report()
         ranks = pids(group)
@@ -317,23 +320,23 @@ def test_a_frozen_rank_is_found_within_the_deadline_and_its_process_is_ended(clu
         started = time.monotonic()
         with pytest.raises(StepDeadlineError) as failure:
             group.next_report()
-        assert 1.9 < time.monotonic() - started < 6.0
-        assert str(failure.value).splitlines()[0] == "rank 1 gave no report in 2 s; silent: [1]"
+        assert 4.9 < time.monotonic() - started < 15.0
+        assert str(failure.value).splitlines()[0] == "rank 1 gave no report in 5 s; silent: [1]"
         assert "rank 1 at epoch 1" in str(failure.value)
         group.shutdown()
         assert all(gone(pid) for pid in ranks)
 
 
 def test_the_deadline_of_ranks_that_were_sent_on_counts_from_then(cluster: None, task: MakeTask) -> None:
-    with ray_group(workers=1, deadline_s=2.0) as group:
+    with ray_group(workers=1, deadline_s=6.0) as group:
         group.begin(task("fails", rank=1))
         group.next_report()
         group.go_on()  # sleeps for ten minutes
-        time.sleep(1.5)
+        time.sleep(5)
         started = time.monotonic()
         with pytest.raises(StepDeadlineError):
             group.next_report()
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 5
 
 
 def test_two_groups_of_the_same_name_run_side_by_side(cluster: None, task: MakeTask) -> None:

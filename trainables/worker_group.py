@@ -31,6 +31,8 @@ from trainables.worker import FIRST_DEADLINE_S, RankReport, RankWorker, Task, lo
 
 STEP_DEADLINE_MIN_S = 60.0
 STEP_DEADLINE_FACTOR = 5.0
+ECHO_S = 1.0
+"""How long after the complaint of one rank the death of another, of which it was the echo, may come to light."""
 LAST_WORDS_S = 5.0
 """How long a rank that failed may take to hand over the end of its log, and one that is done to leave its trial."""
 
@@ -280,7 +282,7 @@ class RayWorkerGroup(WorkerGroup):
 
     def _cause(self, error: TrialError, pending: dict[Any, int]) -> TrialError:
         """`error`, or the death of another rank when that comes to light at once: a broken connection is its echo."""
-        for reference in ray.wait(list(pending), num_returns=len(pending), timeout=1.0)[0] if pending else []:
+        for reference in ray.wait(list(pending), num_returns=len(pending), timeout=ECHO_S)[0] if pending else []:
             try:
                 self._answer(reference, pending[reference])
             except (WorkerLostError, OutOfMemoryError) as lost:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, Signals, getsignal, raise_signal, signal
 from threading import Event, Thread
 from types import FrameType
 from typing import Any
 
 NODE_S = 10.0
-"""Within it Ray's node is there on any machine; else Ray goes on looking by itself."""
+"""Within it Ray's server and its node are there on any machine; else Ray goes on looking by itself."""
 NODE_LOOK_S = 0.02
 NOWHERE = b"127.0.0.1:9"
 """An address where nobody listens."""
@@ -54,13 +55,25 @@ def quick_start(told: Sequence[int] = ()) -> Iterator[None]:
     """For a Ray of one's own: half of its processes, and 1.5 s of its start, serve nothing here.
 
     These are the dashboard's server, which it starts where none is wanted too, and the agent's part in it; the
-    autoscaler; and what passes logs on to a driver that wants none. And it looks for its node once a second; here it
-    does not wait for that once signals were `told`.
+    autoscaler; and what passes logs on to a driver that wants none. And it looks for its node once a second, and for
+    its server's port ten times, while no thread of this process runs: nobody sees then that the server has died. Here
+    it does not wait for either once signals were `told`.
     """
-    from ray._private import parameter, ray_constants, services, utils
+    from ray._private import node, parameter, ray_constants, services, utils
     from ray._private.state import GlobalState
 
-    get_node = services.get_node
+    get_node, wait_for_port = services.get_node, node.wait_for_persisted_port
+
+    def wait_until(is_there: Callable[[], bool]) -> None:
+        end = time.monotonic() + NODE_S
+        while not is_there() and time.monotonic() < end:
+            if told:  # nothing is connected yet, so that an exception does no harm
+                raise KeyboardInterrupt(Signals(told[0]).name)
+            time.sleep(NODE_LOOK_S)
+
+    def wait_for_port_soon(folder: str, node_id: str, name: str, **options: Any) -> int:
+        wait_until((Path(folder) / node.get_port_filename(node_id, name)).exists)
+        return int(wait_for_port(folder, node_id, name, **options))
 
     def get_node_soon(gcs_address: str, node_id: str) -> Any:
         is_there = Event()
@@ -69,15 +82,12 @@ def quick_start(told: Sequence[int] = ()) -> Iterator[None]:
             with suppress(Exception):  # then Ray looks by itself
                 state = GlobalState()
                 state._initialize_global_state(services._get_gcs_client_options(gcs_address))
-                while all(node["NodeID"] != node_id for node in state.node_table()):
+                while all(each["NodeID"] != node_id for each in state.node_table()):
                     time.sleep(NODE_LOOK_S)
             is_there.set()
 
         Thread(target=look, name="node-look", daemon=True).start()  # which stands still where the server is gone
-        end = time.monotonic() + NODE_S
-        while not is_there.wait(NODE_LOOK_S) and time.monotonic() < end:
-            if told:  # nothing is connected yet, so that an exception does no harm
-                raise KeyboardInterrupt(Signals(told[0]).name)
+        wait_until(is_there.is_set)
         return get_node(gcs_address, node_id)
 
     def no_dashboard(
@@ -92,6 +102,7 @@ def quick_start(told: Sequence[int] = ()) -> Iterator[None]:
     with ExitStack() as replaced:
         replaced.enter_context(_replaced(parameter, "RayParams", params))
         replaced.enter_context(_replaced(services, "start_api_server", no_dashboard))
+        replaced.enter_context(_replaced(node, "wait_for_persisted_port", wait_for_port_soon))
         replaced.enter_context(_replaced(services, "get_node", get_node_soon))
         replaced.enter_context(_replaced(utils, "get_dashboard_dependency_error", lambda: "none is wanted"))
         yield

@@ -7,17 +7,18 @@ import os
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import urllib.request
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+from free_port import free_port
 from program import ROOT, wait_until
 
 
@@ -31,7 +32,7 @@ class Cluster:
         self.storage.mkdir()
         self.token = secrets.token_hex(32)
         self._mark = uuid.uuid4().hex
-        self._port, dashboard = _free_port(), _free_port()
+        self._port, dashboard = free_port(), free_port()
         self.url = f"http://127.0.0.1:{dashboard}"
         # A worker in a mount namespace of its own sees neither the studies nor the head's unpacked packages.
         self.is_divided = _run("unshare", "--mount", "true") == 0
@@ -59,7 +60,8 @@ class Cluster:
         """Power off: all processes of a worker at once."""
         first = psutil.Process(pid)
         for process in [first, *first.children(recursive=True)]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it ended with one before
+                process.kill()
 
     def num_nodes(self) -> int:
         try:
@@ -98,7 +100,8 @@ class Cluster:
 
     def close(self) -> None:
         for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(self.processes(), timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -144,11 +147,6 @@ class Cluster:
             return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("TUNE_TEST_MARK") == self._mark
         except psutil.Error:
             return False
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def _run(*command: str) -> int:

@@ -31,6 +31,11 @@ def with_bucket(store: Store) -> Iterator[Cluster]:
         found.close()
 
 
+def shipped_copies() -> set[Path]:
+    """What studies came with, where a node has a copy of it; also those of runs before that were cut off."""
+    return set(Path(tempfile.gettempdir()).glob("tune-rank-*/shipped"))
+
+
 def test_a_clusters_study_lives_in_the_bucket_and_goes_on_from_there(
     program: Program, with_bucket: Cluster, store: Store
 ) -> None:
@@ -39,6 +44,7 @@ def test_a_clusters_study_lives_in_the_bucket_and_goes_on_from_there(
         assert found.code == code, f"exit code {found.code}\n{found.out}\n{found.err}"
         return found.json
 
+    before = shipped_copies()
     changes = {"training": {"max_epochs": 3}, "resources": {"workers": 2}, "budget": {"trials": 1}}
     spec = program.spec("rolls", changes)
     assert ask("submit", spec, "--wait") == {"study": "rolls", "job": "rolls-1"}
@@ -54,4 +60,4 @@ def test_a_clusters_study_lives_in_the_bucket_and_goes_on_from_there(
     assert state == [3, 3]
     assert ask("delete", "rolls", "--yes")["bytes"] > 1000
     assert store.names("rolls") == []
-    assert not list(Path(tempfile.gettempdir()).glob("tune-rank-*/shipped"))
+    assert shipped_copies() <= before

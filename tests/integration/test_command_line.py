@@ -26,6 +26,7 @@ SPEC: dict[str, Any] = {
     "training": {
         "max_epochs": 4,
         "epoch_s": 0.2,
+        "faults": [{"x": 8, "epoch": 1, "does": "hold"}],
         "diverge": [
             {"x": 10, "epoch": 2, "metric": "score"},
             {"x": 5, "epoch": 1, "metric": "score"},
@@ -33,7 +34,7 @@ SPEC: dict[str, Any] = {
         ],
     },
     # The values fall, so that ASHA has somebody to stop whatever the timing; but trial 2, which is to diverge, is the
-    # best at epoch 1.
+    # best at epoch 1. Trial 1 waits until trial 0 has gone on, however far apart their worker groups have started.
     "search_space": {"x": {"choice": [9, 8, 10, 7, 6, 5, 4, 3, 2, 1, 0]}},
     "scheduler": {"name": "asha", "grace_period": 1, "reduction_factor": 3},
     "budget": {"trials": 10, "concurrent_trials": 2},
@@ -77,6 +78,8 @@ def study(program: Program) -> Finished:
     seen: set[psutil.Process] = set()
     started_twice: set[psutil.Process] = set()
     while command.is_running:
+        if 2 in program.epochs("oven", x=9):
+            program.release("oven")
         processes = program.processes()
         seen |= set(processes)
         listening |= {address for process in processes for address in _listening(process)}

@@ -27,8 +27,8 @@ def pretend_gpus(program: Program, number: int) -> None:
 
 
 def crowded(program: Program, name: str, **changes: Any) -> str:
-    """A study of which a GPU takes two trials, 0.4 s an epoch; more get less done."""
-    training = {"max_epochs": 4, "epoch_s": 0.4, "gpu_takes": 2}
+    """A study of which a GPU takes two trials, 1 s an epoch; more get less done."""
+    training = {"max_epochs": 4, "epoch_s": 1.0, "gpu_takes": 2}
     sections: dict[str, Any] = {
         "trainable": "toys:crowded",
         "training": training,
@@ -48,7 +48,7 @@ def most_at_once(notes: list[Note]) -> list[int]:
 
 def test_a_study_settles_at_as_many_trials_as_the_gpu_takes(program: Program) -> None:
     pretend_gpus(program, 1)
-    found = program.run("run", crowded(program, "one-gpu"))
+    found = program.run("run", crowded(program, "one-gpu"), timeout_s=400)
     assert found.code == 0, found.err
     assert "trials that share a GPU take turns: nvidia-cuda-mps-control ended with 3" in found.out
     assert "2 trials share the GPU: " in found.out and "; trying 4" in found.out

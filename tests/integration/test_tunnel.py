@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from debian import install
+from free_port import free_port
 from program import wait_until
 
 from tune_service.address import connected
@@ -60,8 +61,7 @@ def sshd_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     for name in ("host", "key", "other"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     shutil.copy(folder / "key.pub", folder / "authorized")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = int(server.getsockname()[1])
+    port = free_port()
     Path("/run/sshd").mkdir(exist_ok=True)
     options = {"ListenAddress": f"127.0.0.1:{port}", "HostKey": folder / "host", "PidFile": "none", "UsePAM": "no"}
     options |= {"AuthorizedKeysFile": folder / "authorized", "StrictModes": "no"}
