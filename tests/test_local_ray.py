@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from trainables.far import SCRATCH, held_folder
+from tune_service.errors import StudyHaltedError
 from tune_service.local_ray import (
     LOCK,
     _end_all,
     _end_processes_of,
     _is_of,
     _tend_guards,
+    local_ray,
     scratch_folder,
 )
 from tune_service.prctl import adopt_orphans
@@ -113,6 +116,18 @@ def test_a_guard_that_is_killed_has_a_successor_and_one_that_is_frozen_goes_on()
         _tend_guards()
         assert guards(scratch) == [successor] and successor.status() != psutil.STATUS_STOPPED
     assert guards(scratch) == []
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**options: Any) -> None:
+        raise RuntimeError("Some lines\nabout nothing\nTimed out waiting for file\x07\n")
+
+    monkeypatch.setattr("ray.init", fails)
+    with pytest.raises(StudyHaltedError) as halted, scratch_folder() as scratch, local_ray(scratch, 1, 0, "toy", print):
+        pass
+    (problem,) = halted.value.problems
+    assert (problem.place, problem.found) == ("toy", "Ray did not start: Timed out waiting for file\\x07")
+    assert "tune-service resume toy" in problem.expected
 
 
 ENDS = """

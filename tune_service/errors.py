@@ -85,6 +85,10 @@ class RecordUnavailableError(CommandError):
 class StudyHaltedError(CommandError):
     """The study cannot go on for now, and keeps all it has: `resume` goes on when the cause is gone."""
 
+    @classmethod
+    def of(cls, name: str, rule: str, found: str) -> Self:
+        return cls(Problem(name, rule, found, f"`tune-service resume {name}` when that is put right"))
+
 
 def exit_code(error: BaseException) -> int:
     """What the process ends with: 2 for wrong input, 1 for a failure, 130 after Ctrl-C."""

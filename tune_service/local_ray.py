@@ -21,6 +21,7 @@ import psutil
 from trainables.errors import MOST_SAID, printed
 from trainables.far import SCRATCH, held_folder, left_lock
 from trainables.redaction import redacted
+from tune_service.errors import StudyHaltedError
 from tune_service.prctl import adopt_orphans
 from tune_service.ray_start import interrupts_put_off, quick_start
 from tune_service.threads import beside
@@ -140,7 +141,8 @@ def _clear(scratch: Path) -> None:
 
 @contextmanager
 def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], None]) -> Iterator[None]:
-    """Starts Ray, with its files in `scratch`. At the end every process that it started is gone.
+    """Starts Ray, with its files in `scratch`. At the end every process that it started is gone. StudyHaltedError: it
+    does not start.
 
     `on_lost` is called, in a thread, with what is wrong when Ray itself has died or hangs: whatever the caller waits
     for then, it waits a minute for and is ended by Ray, without a word.
@@ -151,16 +153,7 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
     try:
         with _watched(scratch, on_lost, others, told):
             with interrupts_put_off(told), quick_start(told):
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    num_gpus=gpus,
-                    namespace=namespace,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    object_store_memory=100_000_000,
-                    _temp_dir=str(scratch / "ray"),  # which Ray opens to all users, but not what it lies in
-                )
+                _start(cpus, gpus, namespace, scratch / "ray")
             yield
     finally:
         with undisturbed():
@@ -172,6 +165,26 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
             finally:
                 psutil.wait_procs(processes, timeout=patience_s)
                 _end_all(lambda: _children() - others)
+
+
+def _start(cpus: int, gpus: int, namespace: str, folder: Path) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            namespace=namespace,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100_000_000,
+            _temp_dir=str(folder),  # which Ray opens to all users, but not what it lies in
+        )
+    except Exception as error:  # the errors of its start have no class in common
+        words = str(error).strip() or type(error).__name__
+        found = f"Ray did not start: {printed(words.splitlines()[-1])[:MOST_SAID]}"
+        raise StudyHaltedError.of(namespace, "a study has a Ray of its own", found) from error
 
 
 @contextmanager

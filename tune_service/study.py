@@ -171,16 +171,19 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
             lease.check()
         away = _record_away(error)
         if away is not None:
-            reason = f"interrupted: {away.problems[0].found}"
-            raise _halted(spec.name, "a study's record takes what it writes", away.problems[0].found) from error
+            found = away.problems[0].found
+            reason = f"interrupted: {found}"
+            raise StudyHaltedError.of(spec.name, "a study's record takes what it writes", found) from error
         if isinstance(error, KeyboardInterrupt):
             reason = "interrupted by the user"
             goes_on = f"`tune-service resume {spec.name}` goes on"
             raise InterruptedCommandError(goes_on, str(error) or "Ctrl-C") from error
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
+        if isinstance(error, UserError):
+            what = error.problems[0].found
         reason = f"interrupted: {what}"
         if isinstance(error, StorageUnavailableError) or storage_is_away(error):
-            raise _halted(spec.name, "a study's storage takes what it writes", what) from error
+            raise StudyHaltedError.of(spec.name, "a study's storage takes what it writes", what) from error
         raise
     finally:
         with suppress(OSError, BucketError, LeaseLostError):
@@ -201,7 +204,7 @@ def _abort_of(name: str, place: Place, display: Display) -> Callable[[str], None
 
     def abort(why: str) -> None:
         place.end_all()
-        display.abort(_halted(name, "a study's driver and its Ray run as long as the study", why))
+        display.abort(StudyHaltedError.of(name, "a study's driver and its Ray run as long as the study", why))
 
     return abort
 
@@ -213,10 +216,6 @@ def _put_in_line(record: Record, reason: str, display: Display) -> None:
     except (OSError, StorageError, RecordUnavailableError, LeaseLostError):
         return  # what went wrong before is what is to be told
     display.show(record)
-
-
-def _halted(name: str, rule: str, found: str) -> StudyHaltedError:
-    return StudyHaltedError(Problem(name, rule, found, f"`tune-service resume {name}` when that is put right"))
 
 
 @contextmanager

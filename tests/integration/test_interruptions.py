@@ -104,6 +104,21 @@ def test_a_study_can_be_interrupted_while_ray_starts(program: Program, way: sign
     assert program.json("resume", name)["state"] == "completed"
 
 
+@pytest.mark.slow
+def test_a_study_whose_ray_does_not_start_says_so_and_goes_on_when_it_does(program: Program) -> None:
+    command = program.start("run", program.spec("no-ray"), "--json")
+    server, *_ = wait_until(lambda: program.named("gcs_server"), 60, "Ray's start")
+    server.send_signal(signal.SIGSTOP)
+    found = command.wait()
+    assert found.code == 1 and "Traceback" not in found.err
+    error = found.json["error"]
+    assert error["rule"] == "a study has a Ray of its own" and error["found"].startswith("Ray did not start: "), error
+    assert error["expected"] == "`tune-service resume no-ray` when that is put right"
+    assert program.leftovers() == []
+    assert program.json("status", "no-ray")["state"] == "interrupted"
+    assert program.json("resume", "no-ray")["state"] == "completed"
+
+
 def test_a_killed_driver_takes_its_ray_along_and_the_study_goes_on(program: Program) -> None:
     """T2: stock parts forget ASHA's rungs and leave a trial RUNNING for ever.
 
