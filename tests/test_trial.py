@@ -301,9 +301,9 @@ def test_the_model_of_a_last_epoch_that_is_the_best_is_saved(task: Task) -> None
 def test_a_whole_checkpoint_is_due_when_ten_times_what_one_takes_have_passed(task: Task) -> None:
     found = climbing(task, whole_s=40.0)
     assert saves(found, epochs=2) == {1: (10, False), 2: (10, False)}
-    found._whole_at -= 300.0
+    found._whole_at = time.monotonic() - 395.0
     assert "saved" not in found.step() | found.step()
-    found._whole_at -= 100.0
+    found._whole_at = time.monotonic() - 400.0
     assert saves(found, epochs=5) == {5: (21, True)}
     assert found._whole_s is None, "small ones are never left out"
 
@@ -350,10 +350,10 @@ def test_a_first_checkpoint_that_is_small_or_of_no_known_size_is_whole(task: Tas
 def test_a_first_checkpoint_that_is_large_is_of_the_model_alone_until_the_trial_has_run_ten_times_as_long(
     task: Task,
 ) -> None:
-    for number, (ran_s, saved) in enumerate([(0.0, (10, False)), (20.0, (10, False)), (40.0, (21, True))]):
+    for number, (ran_s, saved) in enumerate([(0.0, (10, False)), (35.0, (10, False)), (40.0, (21, True))]):
         found = climbing(replace(task, number=number), None, num_bytes=4 * GB)
         found.step()
-        found._whole_at -= ran_s
+        found._whole_at = time.monotonic() - ran_s
         assert saves(found, epochs=1) == {1: saved}
 
 

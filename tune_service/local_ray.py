@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,7 +141,7 @@ def _clear(scratch: Path) -> None:
 
 
 @contextmanager
-def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Callable[[str], None]) -> Iterator[None]:
+def local_ray(scratch: Path, cpus: int, gpus: int, study: str, on_lost: Callable[[str], None]) -> Iterator[None]:
     """Starts Ray, with its files in `scratch`. At the end every process that it started is gone. StudyHaltedError: it
     does not start.
 
@@ -153,7 +154,7 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
     try:
         with _watched(scratch, on_lost, others, told):
             with interrupts_put_off(told), quick_start(told):
-                _start(cpus, gpus, namespace, scratch / "ray")
+                _start(cpus, gpus, study, scratch / "ray")
             yield
     finally:
         with undisturbed():
@@ -167,7 +168,7 @@ def local_ray(scratch: Path, cpus: int, gpus: int, namespace: str, on_lost: Call
                 _end_all(lambda: _children() - others)
 
 
-def _start(cpus: int, gpus: int, namespace: str, folder: Path) -> None:
+def _start(cpus: int, gpus: int, study: str, folder: Path) -> None:
     import ray
 
     try:
@@ -175,16 +176,17 @@ def _start(cpus: int, gpus: int, namespace: str, folder: Path) -> None:
             address="local",
             num_cpus=cpus,
             num_gpus=gpus,
-            namespace=namespace,
+            namespace=study,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=100_000_000,
             _temp_dir=str(folder),  # which Ray opens to all users, but not what it lies in
         )
     except Exception as error:  # the errors of its start have no class in common
+        traceback.print_exc()  # into the driver's log
         words = str(error).strip() or type(error).__name__
         found = f"Ray did not start: {printed(words.splitlines()[-1])[:MOST_SAID]}"
-        raise StudyHaltedError.of(namespace, "a study has a Ray of its own", found) from error
+        raise StudyHaltedError.of(study, "a study has a Ray of its own", found) from error
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from types import FrameType
 from typing import Any
 
 NODE_S = 10.0
-"""Within it Ray's server and its node are there on any machine; else Ray goes on looking by itself."""
+"""Within it Ray's node is there on any machine; else Ray goes on looking by itself."""
 NODE_LOOK_S = 0.02
+PORT_MS = 1000
+"""How long Ray may take to read its server's port when that is written."""
 NOWHERE = b"127.0.0.1:9"
 """An address where nobody listens."""
 
@@ -64,16 +66,16 @@ def quick_start(told: Sequence[int] = ()) -> Iterator[None]:
 
     get_node, wait_for_port = services.get_node, node.wait_for_persisted_port
 
-    def wait_until(is_there: Callable[[], bool]) -> None:
-        end = time.monotonic() + NODE_S
+    def wait_until(is_there: Callable[[], bool], patience_s: float) -> None:
+        end = time.monotonic() + patience_s
         while not is_there() and time.monotonic() < end:
             if told:  # nothing is connected yet, so that an exception does no harm
                 raise KeyboardInterrupt(Signals(told[0]).name)
             time.sleep(NODE_LOOK_S)
 
-    def wait_for_port_soon(folder: str, node_id: str, name: str, **options: Any) -> int:
-        wait_until((Path(folder) / node.get_port_filename(node_id, name)).exists)
-        return int(wait_for_port(folder, node_id, name, **options))
+    def wait_for_port_soon(folder: str, node_id: str, name: str, timeout_ms: int) -> int:
+        wait_until((Path(folder) / node.get_port_filename(node_id, name)).exists, timeout_ms / 1000)
+        return int(wait_for_port(folder, node_id, name, timeout_ms=min(timeout_ms, PORT_MS)))
 
     def get_node_soon(gcs_address: str, node_id: str) -> Any:
         is_there = Event()
@@ -87,7 +89,7 @@ def quick_start(told: Sequence[int] = ()) -> Iterator[None]:
             is_there.set()
 
         Thread(target=look, name="node-look", daemon=True).start()  # which stands still where the server is gone
-        wait_until(is_there.is_set)
+        wait_until(is_there.is_set, NODE_S)
         return get_node(gcs_address, node_id)
 
     def no_dashboard(

@@ -193,7 +193,7 @@ class StudySpec:
             return outside
         return [
             *outside,
-            f"of the grid's {points} points the budget takes {trials}: the spec's own, then the first ones in order, "
+            f"of the grid's {points} points the budget takes {trials}: trial 0's, then the first ones in order, "
             "the last parameter fastest (sampler: {name: random} takes them from everywhere)",
         ]
 

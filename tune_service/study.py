@@ -144,7 +144,9 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
 
     driver = Driver(spec, record, display.tell, place.sharing(spec))
     if not driver.num_open:
-        more = "the grid has no more points" if spec.sampler.name == "grid" else "--trials +20 adds some"
+        points = spec.domains.num_points if spec.sampler.name == "grid" else None
+        is_all = points is not None and record.budget_trials >= points
+        more = "the grid has no more points" if is_all else "--trials +20 adds some"
         display.tell(f"nothing to do: all {len(record.trials())} trials have ended; {more}")
         return
 
@@ -178,9 +180,10 @@ def _drive(spec: StudySpec, folder: StudyHome, record: Record, lease: Lease, dis
             reason = "interrupted by the user"
             goes_on = f"`tune-service resume {spec.name}` goes on"
             raise InterruptedCommandError(goes_on, str(error) or "Ctrl-C") from error
+        if isinstance(error, StudyHaltedError):
+            reason = f"interrupted: {error.problems[0].found}"
+            raise
         what = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Tune puts a traceback before it
-        if isinstance(error, UserError):
-            what = error.problems[0].found
         reason = f"interrupted: {what}"
         if isinstance(error, StorageUnavailableError) or storage_is_away(error):
             raise StudyHaltedError.of(spec.name, "a study's storage takes what it writes", what) from error

@@ -364,7 +364,7 @@ def test_resume_of_a_study_whose_trials_have_all_ended_says_so_and_starts_nothin
 ) -> None:
     found = program.run("resume", "oven", "--json")
     assert (found.code, found.json) == (0, study.status)
-    assert "nothing to do: all 10 trials have ended; the grid has no more points" in found.err
+    assert "nothing to do: all 10 trials have ended; --trials +20 adds some" in found.err
     assert not program.named("ray")
 
 

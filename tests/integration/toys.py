@@ -55,7 +55,7 @@ def steady(context: Context) -> Iterator[Report]:
 
 
 def heavy(context: Context) -> Iterator[Report]:
-    """As `steady`, but its checkpoints are large and take most of a second."""
+    """As `steady`, but its checkpoints are large and take two seconds."""
     for report in steady(context):
         yield Report(report.epoch, report.metrics, save=partial(_save_heavily, report))
 
