@@ -31,7 +31,7 @@ def cluster() -> Iterator[list[str]]:
     """A Ray of this module's own, which must leave nothing behind: the names of its processes at its start."""
     with scratch_folder() as scratch:
         others = set(psutil.Process().children(recursive=True))  # of tests before, and the folder's guard
-        with local_ray(scratch, cpus=2, gpus=0, namespace="contract", on_lost=pytest.fail):
+        with local_ray(scratch, cpus=2, gpus=0, study="contract", on_lost=pytest.fail):
             processes = set(psutil.Process().children(recursive=True)) - others
             assert processes
             assert scratch.stat().st_mode & 0o777 == 0o700  # Ray opens its own folder to all users
