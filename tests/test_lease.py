@@ -294,9 +294,11 @@ def test_a_clock_that_was_set_back_lengthens_no_silence(folder: StudyFolder, mon
         started = time.monotonic()
         with folder.driving(told.append) as own:
             assert not own.lost
-        assert 2.5 < time.monotonic() - started < 60
+        took_s = time.monotonic() - started
+        assert 2.5 < took_s < 6
     (line,) = told
-    assert re.search(r" has been silent for \d+ s: taking the study over$", line)
+    silent = re.search(r" has been silent for (\d+) s: taking the study over$", line)
+    assert silent and 3 <= int(silent[1]) <= round(took_s)
 
 
 @pytest.mark.parametrize("how", ["silent", "dead"])

@@ -105,8 +105,11 @@ def starting(server: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
         while not any(map(is_up, named(driver, server))) and time.monotonic() < end:
             time.sleep(0.01)
         family = psutil.Process(driver.pid).children(recursive=True)
+        guards = [each for each in family if is_guard(each)]
         yield driver, scratch
-        _, alive = psutil.wait_procs(family, timeout=60)
+        _, alive = psutil.wait_procs(set(family) - set(guards), timeout=5)
+        assert alive == []
+        _, alive = psutil.wait_procs(guards, timeout=60)  # it may have to start first
         assert alive == []
         while scratch.exists() and time.monotonic() < end:
             time.sleep(0.05)
@@ -118,6 +121,13 @@ def starting(server: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 
 def named(driver: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     return [each for each in psutil.Process(driver.pid).children() if each.name() == name]
+
+
+def is_guard(process: psutil.Process) -> bool:
+    try:
+        return "clear_up" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended meanwhile
+        return False
 
 
 def is_up(server: psutil.Process) -> bool:

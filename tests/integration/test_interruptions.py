@@ -84,7 +84,7 @@ def test_an_impatient_second_ctrl_c_loses_nothing_either(program: Program) -> No
     time.sleep(0.3)
     command.ctrl_c()
     assert command.wait(timeout_s=30).code == 130
-    wait_until(lambda: not program.processes(), 60, "the end of Ray's processes")
+    wait_until(lambda: not program.processes(), 15, "the end of Ray's processes")
     status = program.json("status", "impatient")
     assert (status["state"], status["trials"][1]["state"]) == ("interrupted", "paused")
     check_gone_on(program, "impatient", program.json("resume", "impatient"), epochs=[1, 2, 3, 3, 4])
